@@ -1,0 +1,242 @@
+"""Part 3. The reverse process: from pure noise to a digit, one small step at a time.
+
+    python sample.py                                 32 digits from seeds 0..31, as a 4x8 picture
+    python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
+    python sample.py --variance zero                 the same x_T without fresh noise
+
+Start from pure noise x_T and take T steps. Each is Algorithm 2 of [DDPM]:
+
+    1. the network guesses the noise in x_t:             ε̂ = ε_θ(x_t, t)
+    2. which implies a guess at the clean image:         x̂₀ = (x_t - √(1-ᾱ_t) ε̂) / √ᾱ_t
+    3. if x̂₀ were the truth, one step back would be drawn from q(x_{t-1} | x_t, x̂₀), a Gaussian
+       whose mean μ̃_t and variance β̃_t are known (schedule.py, section 3)
+    4. draw from it:                                     x_{t-1} = μ̃_t + σ_t z,   z ~ N(0, 1)
+
+Why 1,000 steps, if step 2 already guesses the clean image? Because at large t the guess is poor.
+It is the mean of all digits that the noisy image could have come from: a grey blur. A step moves
+only a little towards it; then the network looks again, at a slightly clearer image.
+
+Why add noise in step 4? The mean alone is the average of the places where x_{t-1} could be, and an
+average of many digits is no digit. The noise picks one of them. For data of variance λ² the chain
+without noise ends with far too little spread; tests/test_sample.py has the exact law.
+
+Which σ_t²? If x₀ is a single known point, β̃_t is exact. If the data are standard normal noise, β_t
+is exact. Images lie between, so any choice is between [DDPM section 3.2]. The two differ only in
+the last few steps: at t = 10 by 17 %, at t = 100 by 2 %.
+
+Why no noise in the last step? x₀ is the result. Noise on it would only be noise on the picture.
+
+Why clip x̂₀ to [-1, 1]? Pixels cannot lie outside. At t = T a mistake of 0.01 in ε̂ moves x̂₀ by
+1.6, and the chain would carry it on. Clipping takes away what is certainly wrong. When no pixel is
+out of range it changes nothing.
+
+ONE SEED, ONE DIGIT. Image k takes all its noise from its own generator, seeded by its own seed, on
+the CPU. So seed 7 gives the same digit alone or among others, on any device.
+
+Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [DDIM] Song, Meng and Ermon 2021, arXiv
+2010.02502.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from einops import repeat
+from torchvision.io import write_png
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from schedule import NoiseSchedule
+from train import HERE, load_checkpoint, pick_device, read, to_uint8
+
+VARIANCES = ("beta_tilde", "beta", "zero")
+
+
+def predict_clean(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
+                  clip: bool = True) -> torch.Tensor:
+    """x̂₀, the clean image that a guess at the noise implies, clipped to [-1, 1] if asked.
+
+    xt, eps_hat  (B, C, H, W)
+    t            int or (B,) integers in 1..T
+    """
+    x0_hat = schedule.predict_x0(xt, t, eps_hat)
+    return x0_hat.clamp(-1, 1) if clip else x0_hat
+
+
+def p_step(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
+           noise: torch.Tensor, t_prev=None, variance: str = "beta_tilde",
+           clip: bool = True) -> torch.Tensor:
+    """Take one step back, x_t -> x_{t-1}.                 [DDPM Algorithm 2, lines 3 and 4]
+
+    xt        (B, C, H, W) images at noise level t
+    t         int or (B,) integers in 1..T
+    eps_hat   (B, C, H, W) the network's guess at the noise in xt
+    noise     (B, C, H, W) standard normal; ignored in a step that ends at 0
+    t_prev    where the step ends, int or (B,) integers below t; t - 1 if None
+    variance  σ_t²: "beta_tilde", "beta", or "zero" for the mean alone
+    clip      clip x̂₀ to [-1, 1]
+
+    Returns x_{t_prev}, (B, C, H, W); no randomness of its own. Without clipping, its mean is that
+    of [DDPM Eq. 11]. Raises ValueError for an unknown variance or a t out of range.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}; known are {', '.join(VARIANCES)}")
+    x0_hat = predict_clean(schedule, xt, t, eps_hat, clip)
+    mean, sigma2 = schedule.q_posterior(x0_hat, xt, t, t_prev)
+    if variance == "beta":
+        # The last step ends at x₀ and adds no noise. β̃ is 0 there by itself, β is not.
+        beta = schedule.step_beta(t, t_prev).to(xt.dtype).to(xt.device)
+        sigma2 = torch.where(sigma2 > 0, beta.reshape(sigma2.shape), 0.0)
+    elif variance == "zero":
+        sigma2 = torch.zeros_like(sigma2)
+    return mean + sigma2.sqrt() * noise
+
+
+def timesteps(T: int, steps: int | None = None) -> list[int]:
+    """The noise levels that a chain visits: T, ..., 0, evenly spaced, steps + 1 of them.
+
+    Raises ValueError unless steps is None (all T of them) or in 1..T.
+    """
+    steps = T if steps is None else steps
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be between 1 and {T}, not {steps}")
+    return [round(T * k / steps) for k in range(steps, -1, -1)]
+
+
+@torch.no_grad()
+def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
+           sampler: str = "ddpm", variance: str = "beta_tilde", steps: int | None = None,
+           clip: bool = True, start: tuple[int, torch.Tensor] | None = None,
+           shape: tuple[int, int, int] = (1, 28, 28),
+           ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Generate one image per seed, showing every step.                 [DDPM Algorithm 2]
+
+    model     called as model(xt, t) with t in the paper's count; used in eval mode
+    schedule  the schedule the model was trained with
+    seeds     B integers; image k depends on seeds[k] alone
+    sampler   "ddpm", the ancestral sampler
+    variance  as in p_step
+    steps     number of steps, 1..T; None takes all T. Fewer steps are longer ones: steps from
+              s + 1 to t together are one noisy step with α = ᾱ_t / ᾱ_s
+    clip      clip x̂₀ to [-1, 1] in every step
+    start     (t, xt) begins with these images at noise level t instead of with pure noise
+    shape     (C, H, W) of an image
+
+    Yields (t, xt, x0_hat) from t = T down to t = 0, steps + 1 times: images of noise level t and
+    the prediction x̂₀ made from them, both (B, C, H, W) on the device of the model. At t = 0 both
+    are the finished images. Raises ValueError for unknown names or numbers out of range.
+    """
+    if sampler != "ddpm":
+        raise ValueError(f"unknown sampler {sampler!r}; known is ddpm")
+    if len(seeds) == 0:
+        raise ValueError("no seeds, so nothing to sample")
+    device = next(model.parameters()).device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw_noise() -> torch.Tensor:
+        # On the CPU, one image at a time: the same numbers in any batch and on any device.
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    xt = draw_noise()  # x_T
+    levels = timesteps(schedule.T, steps)
+    if start is not None:
+        t, xt = start[0], start[1].to(device)
+        if not 1 <= t <= schedule.T or len(xt) != len(seeds):
+            raise ValueError(f"start needs a t in 1..{schedule.T} and one image for each of the "
+                             f"{len(seeds)} seeds")
+        levels = timesteps(t, None if steps is None else min(steps, t))
+
+    for t, t_prev in zip(levels[:-1], levels[1:]):
+        # Dropout and the like must rest while sampling. The caller may train between two steps.
+        was_training = model.training
+        model.eval()
+        eps_hat = model(xt, torch.full((len(xt),), t, device=device))
+        model.train(was_training)
+
+        yield t, xt, predict_clean(schedule, xt, t, eps_hat, clip)
+        xt = p_step(schedule, xt, t, eps_hat, draw_noise(), t_prev, variance, clip)
+    yield 0, xt, xt
+
+
+# --------------------------------------------------------------------------- the command line
+
+def find_checkpoint(path: str | None) -> Path:
+    """The model file to use: the one named, else your own finished run, else the one shipped."""
+    if path is not None:
+        return Path(path)
+    own = HERE / "runs" / "mnist" / "model.pt"
+    if own.exists():
+        state = read(own)
+        if len(state["history"]["loss"]) == state["config"]["epochs"]:
+            return own
+    return HERE / "pretrained" / "model.pt"
+
+
+def output_folder(checkpoint: Path) -> Path:
+    """Where pictures of a model belong: beside it, but never among the shipped files."""
+    if checkpoint.resolve().parent == HERE / "pretrained":
+        return HERE / "runs" / "pretrained"
+    return checkpoint.parent
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-3,7' -> [0, 1, 2, 3, 7]. Raises argparse.ArgumentTypeError for anything else."""
+    seeds = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or part.endswith("-"):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a seed or a range such as 0-31")
+        seeds += range(int(first), int(last or first) + 1)
+    if not seeds or max(seeds) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} names no seeds, or one above 2^63 - 1")
+    return seeds
+
+
+def save_grid(images: torch.Tensor, path: Path, scale: int = 4) -> None:
+    """Write images (B, 1, H, W) in [-1, 1] as one PNG, eight to a row, in enlarged pixels."""
+    grid = make_grid(to_uint8(images.cpu()), nrow=8, padding=1, pad_value=64)[:1]  # (1, H, W)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # a folder that cannot be written raises a plain OSError here
+    write_png(repeat(grid, "c h w -> c (h i) (w j)", i=scale, j=scale), str(path))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw digits with a trained diffusion model.")
+    parser.add_argument("--seeds", type=parse_seeds, default=list(range(32)), metavar="0-31",
+                        help="one image for each seed: numbers and ranges with commas (0-31)")
+    parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde",
+                        help="variance of the noise added in each step (beta_tilde)")
+    parser.add_argument("--steps", type=int, default=None, metavar="N",
+                        help="number of steps, fewer are faster and worse (all T)")
+    parser.add_argument("--no-clip", dest="clip", action="store_false",
+                        help="do not clip the predicted image to [-1, 1]")
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="model file (your own finished run, else pretrained/model.pt)")
+    parser.add_argument("--out", metavar="PNG", help="picture (samples.png beside the model)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
+    args = parser.parse_args(argv)
+    try:
+        path = find_checkpoint(args.checkpoint)
+        checkpoint = load_checkpoint(path)
+        print(f"{path}: {len(checkpoint.history['loss'])} epochs, held-out loss "
+              f"{checkpoint.history['held_out'][-1]:.4f}", flush=True)
+        model = checkpoint.model.to(pick_device(args.device))
+        out = Path(args.out) if args.out else output_folder(path) / "samples.png"
+        levels = timesteps(checkpoint.schedule.T, args.steps)
+        chain = sample(model, checkpoint.schedule, args.seeds, variance=args.variance,
+                       steps=args.steps, clip=args.clip)
+        for _, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
+            pass
+        save_grid(images, out)
+        print(f"wrote {out}")
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

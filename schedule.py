@@ -1,0 +1,356 @@
+"""Part 1. The forward process: how an image becomes noise, and what is known in closed form.
+
+A diffusion model learns to undo a process that destroys images. The process itself is not
+learned. It is a fixed chain of T small Gaussian steps, and every question about it that training
+and sampling ask has an exact answer. This file derives the answers and computes them.
+
+    python schedule.py                    the linear schedule as a table, and a numerical check
+    python schedule.py --kind cosine      the same for the cosine schedule
+
+Notation: x₀ is a clean image with pixels in [-1, 1], x_t the image after t noisy steps, and
+N(x; m, v) the density at x of a Gaussian with mean m and variance v. All noise is independent from
+pixel to pixel, so each formula below may be read for one pixel at a time.
+
+ONE CONVENTION FOR TIME. Arrays have T+1 entries and their index is the subscript of the papers:
+`beta[t]` is β_t for t = 1..T, and entry 0 stands for the clean image, with β₀ = 0 and ᾱ₀ = 1. So
+"the step before" is always `alpha_bar[t - 1]`, training draws t from 1..T, sampling counts
+t = T, T-1, ..., 1, and the network is always given the t of the papers.
+
+1. One noisy step                                                                  [DDPM Eq. 2]
+
+        q(x_t | x_{t-1}) = N(x_t; √(1-β_t) x_{t-1}, β_t),   so   x_t = √(1-β_t) x_{t-1} + √β_t ε_t
+
+   where ε_t is standard normal noise. The factor √(1-β_t) shrinks the image while √β_t ε_t adds
+   noise. The two are matched: if x_{t-1} has variance 1, so has x_t, since (1-β_t)·1 + β_t = 1.
+   Without the shrinking, the values would grow with every step.
+
+2. Many steps at once                                                              [DDPM Eq. 4]
+
+   Write α_t = 1 - β_t and ᾱ_t = α_1 α_2 ··· α_t. Then
+
+        q(x_t | x₀) = N(x_t; √ᾱ_t x₀, 1-ᾱ_t),   so   x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε
+
+   Proof by induction. For t = 0 it reads x₀ = x₀. If it holds for t-1, one more step gives
+
+        x_t = √α_t (√ᾱ_{t-1} x₀ + √(1-ᾱ_{t-1}) ε) + √β_t ε_t
+            = √ᾱ_t x₀ + [ √α_t √(1-ᾱ_{t-1}) ε + √β_t ε_t ]
+
+   The bracket is a sum of two independent Gaussians, hence Gaussian, and variances add:
+   α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So training can jump straight to any t.
+   At the end ᾱ_T is nearly 0: x_T is pure noise, and that is where sampling starts.
+
+   The same formula turned around converts between the clean image and the noise:
+
+        x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t          ε = (x_t - √ᾱ_t x₀) / √(1-ᾱ_t)
+
+3. One step back, if x₀ were known                                             [DDPM Eq. 6 and 7]
+
+   By Bayes' rule, q(x_{t-1} | x_t, x₀) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x₀), because
+   x_t depends on x₀ only through x_{t-1}. Both factors are Gaussian. As functions of y = x_{t-1}
+   they multiply to exp(-E/2) with
+
+        E = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
+          = y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ]  -  2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ]  + ...
+
+   where the dots do not contain y. Completing the square means matching this with
+   (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ..., so the first bracket is 1/β̃ and the second is μ̃/β̃:
+
+        1/β̃_t = [ α_t (1-ᾱ_{t-1}) + β_t ] / [ β_t (1-ᾱ_{t-1}) ]  =  (1-ᾱ_t) / [ β_t (1-ᾱ_{t-1}) ]
+
+        β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
+
+        μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) · x₀  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) · x_t
+
+   At t = 1 the variance β̃₁ is 0 and the mean is x₀: the last step back adds no noise.
+
+4. The same mean in terms of the noise                                            [DDPM Eq. 11]
+
+   Put x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t into μ̃_t and use √ᾱ_{t-1} / √ᾱ_t = 1/√α_t. The factor of x_t
+   becomes [β_t + α_t (1-ᾱ_{t-1})] / [√α_t (1-ᾱ_t)] = 1/√α_t, because the numerator is 1-ᾱ_t. The
+   factor of ε becomes -β_t / [√α_t √(1-ᾱ_t)]. Together
+
+        μ̃_t = 1/√α_t · ( x_t - β_t/√(1-ᾱ_t) · ε )
+
+   The 1/√α_t undoes the shrinking of step t, the bracket removes a share of the noise.
+
+5. What to train: from the likelihood to a plain mean squared error         [DDPM Eq. 3, 5, 12, 14]
+
+   The model runs backwards from noise: p(x_T) = N(0, 1), p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t²).
+   Its likelihood of an image is an integral over all chains. Weighting the chains by q and using
+   Jensen's inequality (-log of a mean is at most the mean of -log) gives a bound,
+
+        -log p_θ(x₀)  ≤  E_q[ -log p(x_T) - Σ_{t≥1} log p_θ(x_{t-1}|x_t) + Σ_{t≥1} log q(x_t|x_{t-1}) ]
+
+   By Bayes' rule, q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x₀) q(x_t|x₀) / q(x_{t-1}|x₀) for t ≥ 2. In the
+   sum of logarithms the last two factors telescope to q(x_T|x₀) / q(x₁|x₀). What is left is
+
+        KL( q(x_T|x₀) ‖ p(x_T) )                            how far x_T is from pure noise: no θ
+      + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   each learned step against the exact one
+      - log p_θ(x₀|x₁)                                      the last step
+
+   where each term is averaged over q. The KL of two Gaussians with fixed variances depends on
+   their means alone, as ‖μ̃_t - μ_θ‖² / 2σ_t² plus a constant. Let μ_θ have the form of section 4
+   with a network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels and the term for t becomes
+
+        β_t² / [ 2 σ_t² α_t (1-ᾱ_t) ] · ‖ε - ε_θ(x_t, t)‖²
+
+   Dropping the factor in front gives the objective of this book: draw an image, a t and a noise,
+   and ask the network which noise it was,
+
+        L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²
+
+   The dropped factor is largest at small t. Leaving it out spends less effort on noise that is too
+   faint to see and more on the shape of the digit, which makes better pictures.
+
+Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021,
+arXiv 2102.09672. [VDM] Kingma, Salimans, Poole and Ho 2021, arXiv 2107.00630.
+"""
+
+import argparse
+import math
+
+import torch
+
+
+# √ᾱ_T is the share of the image that survives at t = T. Sampling starts from pure noise, so what
+# survives is a mismatch between training and sampling. The default schedule leaves 0.006.
+MAX_SIGNAL = 0.02
+
+
+class NoiseSchedule:
+    """The numbers β_t, α_t, ᾱ_t, β̃_t and the Gaussians that they define.
+
+    T             number of noisy steps, at least 2
+    kind          "linear": β_t grows evenly from beta_start to beta_end    [DDPM section 4]
+                  "cosine": ᾱ_t follows a squared cosine                    [IDDPM Eq. 17]
+    beta_start    β_1 of the linear schedule, in (0, 1)
+    beta_end      β_T of the linear schedule, in (0, 1)
+    allow_signal  accept a schedule that does not turn the image into pure noise
+
+    Attributes: T, and the float64 tensors beta, alpha, alpha_bar, beta_tilde of length T+1.
+    Raises ValueError, with advice, for a schedule that cannot work.
+
+    In all methods images are (B, C, H, W), floating point; t is an int or (B,) integers on any
+    device. They raise ValueError for a t out of range and TypeError for images of bytes.
+    """
+
+    def __init__(self, T: int = 1000, kind: str = "linear", beta_start: float = 1e-4,
+                 beta_end: float = 0.02, allow_signal: bool = False):
+        if T < 2:
+            raise ValueError(f"T = {T}, but a diffusion needs at least 2 steps; 1000 is usual")
+        if kind == "linear":
+            betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+        elif kind == "cosine":
+            betas = cosine_betas(T)
+        else:
+            raise ValueError(f"unknown schedule {kind!r}; known are 'linear' and 'cosine'")
+        self._fill(betas, allow_signal)
+
+    @classmethod
+    def from_betas(cls, betas, allow_signal: bool = False) -> "NoiseSchedule":
+        """A schedule from any sequence of T numbers in (0, 1); betas[0] is β_1.
+
+        Raises ValueError as the constructor does.
+        """
+        schedule = cls.__new__(cls)
+        schedule._fill(torch.as_tensor(betas, dtype=torch.float64, device="cpu"), allow_signal)
+        return schedule
+
+    def _fill(self, betas: torch.Tensor, allow_signal: bool) -> None:
+        if betas.dim() != 1 or len(betas) < 2:
+            raise ValueError(f"betas have shape {tuple(betas.shape)}, but a diffusion needs "
+                             "a plain list of at least 2 steps; 1000 is usual")
+        # A β below 1e-16 would round α to 1, and the step would do nothing. NaN fails here too.
+        if not ((1 - betas > 0) & (1 - betas < 1)).all():
+            raise ValueError("every beta must lie strictly between 0 and 1; "
+                             f"these run from {betas.min():g} to {betas.max():g}")
+
+        # float64 throughout: in float32 the difference 1 - ᾱ_1 = 0.0001 is off by a part in 5000.
+        self.T = len(betas)
+        self.beta = torch.cat([torch.zeros(1, dtype=torch.float64), betas])  # β₀ = 0: no noise
+        self.alpha = 1 - self.beta
+        self.alpha_bar = torch.cumprod(self.alpha, dim=0)  # ᾱ₀ = 1: all signal
+
+        signal = math.sqrt(self.alpha_bar[-1])
+        if signal == 0:
+            raise ValueError("alpha_bar_T is too small for float64, so x_0 could not be recovered "
+                             "from x_T; use smaller betas or fewer steps")
+        if signal > MAX_SIGNAL and not allow_signal:
+            # For small β, ln ᾱ_T is about -Σβ_t, so this factor on all β brings √ᾱ_T to the bound.
+            factor = math.log(MAX_SIGNAL**2) / math.log(self.alpha_bar[-1])
+            raise ValueError(
+                f"{signal:.1%} of the image is left at t = T = {self.T}, but sampling starts from "
+                f"pure noise (at most {MAX_SIGNAL:.0%}); multiply the betas or T by about "
+                f"{factor:.1f}, use kind='cosine', or pass allow_signal=True to accept it")
+
+        # β̃₀ has no meaning and stays 0. β̃₁ = 0 follows from ᾱ₀ = 1.            [DDPM Eq. 7]
+        self.beta_tilde = torch.zeros_like(self.beta)
+        self.beta_tilde[1:] = betas * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
+
+    def _check(self, t, lowest: int) -> torch.Tensor:
+        """t as integers on the CPU, where the arrays are. Unchecked, t = -1 would mean t = T."""
+        t = torch.as_tensor(t, device="cpu")
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.dim() > 1:
+            raise TypeError("t must be an int or a one-dimensional tensor of ints")
+        if t.numel() and (t.min() < lowest or t.max() > self.T):
+            raise ValueError(f"t must lie in {lowest}..{self.T}, not {t.min()}..{t.max()}")
+        return t.long()
+
+    def _match(self, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A float64 scalar or (B,) in the dtype and on the device of x, shaped to multiply it."""
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating point in [-1, 1], not {x.dtype}")
+        if value.dim() == 1 and len(value) not in (1, len(x)):
+            raise ValueError(f"{len(value)} values of t for a batch of {len(x)} images")
+        value = value.to(x.dtype).to(x.device)  # cast, then move: some devices have no float64
+        return value.reshape(-1, *[1] * (x.dim() - 1)) if value.dim() == 1 else value
+
+    def q_step(self, x_prev: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
+        """Take one noisy step, x_{t-1} -> x_t.                                    [DDPM Eq. 2]
+
+        x_prev  images x_{t-1}
+        t       the step that is taken, in 1..T
+        eps     standard normal noise
+
+        Returns x_t = √α_t x_{t-1} + √β_t ε.
+        """
+        t = self._check(t, lowest=1)
+        return (self._match(self.alpha[t].sqrt(), x_prev) * x_prev
+                + self._match(self.beta[t].sqrt(), x_prev) * eps)
+
+    def q_sample(self, x0: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
+        """Jump from a clean image straight to noise level t.                      [DDPM Eq. 4]
+
+        x0   images in [-1, 1]
+        t    in 0..T; t = 0 returns x0 itself
+        eps  standard normal noise, drawn by the caller so that it can also be the training target
+
+        Returns x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε, t noisy steps in one.
+        """
+        t = self._check(t, lowest=0)
+        return (self._match(self.alpha_bar[t].sqrt(), x0) * x0
+                + self._match((1 - self.alpha_bar[t]).sqrt(), x0) * eps)
+
+    def step_beta(self, t, t_prev=None) -> torch.Tensor:
+        """β of the one noisy step that does what the steps t_prev + 1 .. t do together.
+
+        By section 2 that step has α = ᾱ_t / ᾱ_{t_prev}. For t_prev = t - 1 it is β_t.
+
+        0 <= t_prev < t <= T; t_prev is t - 1 if None. Returns float64 of the shape of t.
+        """
+        t = self._check(t, lowest=1)
+        t_prev = t - 1 if t_prev is None else self._check(t_prev, lowest=0)
+        if (t_prev >= t).any():
+            raise ValueError("t_prev must be below t")
+        return 1 - self.alpha_bar[t] / self.alpha_bar[t_prev]
+
+    def q_posterior(self, x0: torch.Tensor, xt: torch.Tensor, t,
+                    t_prev=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The exact step back, q(x_{t-1} | x_t, x₀).                        [DDPM Eq. 6 and 7]
+
+        x0         clean images, or a guess at them
+        xt         the same images at noise level t
+        t, t_prev  0 <= t_prev < t <= T; t_prev is t - 1 if None. A smaller t_prev gives
+                   q(x_{t_prev} | x_t, x₀), a longer step back
+
+        Returns the mean, and the variance, which broadcasts against it. A step that ends at 0 has
+        mean x0 and variance 0.
+        """
+        t = self._check(t, lowest=1)
+        t_prev = t - 1 if t_prev is None else self._check(t_prev, lowest=0)
+        beta = self.step_beta(t, t_prev)
+        noise, noise_before = 1 - self.alpha_bar[t], 1 - self.alpha_bar[t_prev]
+        x0_weight = self._match(self.alpha_bar[t_prev].sqrt() * beta / noise, xt)
+        xt_weight = self._match((1 - beta).sqrt() * noise_before / noise, xt)
+        return x0_weight * x0 + xt_weight * xt, self._match(beta * noise_before / noise, xt)
+
+    def predict_x0(self, xt: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
+        """The clean image, if eps is the noise in x_t: section 2 solved for x₀.
+
+        xt   images at noise level t, in 0..T; at t = 0 the result is xt itself
+        eps  the noise, or a network's guess at it
+
+        Returns x₀ or x̂₀. An error in eps comes out √(1-ᾱ_t)/√ᾱ_t times as large: 157 times at
+        t = T of the default schedule.
+        """
+        t = self._check(t, lowest=0)
+        return ((xt - self._match((1 - self.alpha_bar[t]).sqrt(), xt) * eps)
+                / self._match(self.alpha_bar[t].sqrt(), xt))
+
+    def predict_eps(self, xt: torch.Tensor, t, x0: torch.Tensor) -> torch.Tensor:
+        """The noise in x_t, if x0 is the clean image: section 2 solved for ε.
+
+        xt  images at noise level t, in 1..T
+        x0  clean images, or a guess at them
+
+        Returns ε. Raises ValueError at t = 0, where x_t holds no noise to be found.
+        """
+        t = self._check(t, lowest=1)
+        return ((xt - self._match(self.alpha_bar[t].sqrt(), xt) * x0)
+                / self._match((1 - self.alpha_bar[t]).sqrt(), xt))
+
+    def snr(self, t) -> torch.Tensor:
+        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t): variance of signal over noise.        [VDM Eq. 2]
+
+        Returns float64 of the shape of t, falling in t and infinite at t = 0.
+        """
+        alpha_bar = self.alpha_bar[self._check(t, lowest=0)]
+        return alpha_bar / (1 - alpha_bar)
+
+
+def cosine_betas(T: int) -> torch.Tensor:
+    """β_1..β_T such that ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s) · π/2).   [IDDPM Eq. 17]
+
+    The signal falls more evenly than in the linear schedule, whose last quarter is almost pure
+    noise. The offset s = 0.008 keeps the first steps from being too small, and the cap at 0.999
+    keeps the last one from dividing by zero.
+
+    T  number of steps. Returns (T,) float64.
+    """
+    s = 0.008
+    t = torch.arange(T + 1, dtype=torch.float64)
+    f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+def print_table(schedule: NoiseSchedule) -> None:
+    """Eleven levels from clean to noise; SNR in decibels, 10 log10(SNR)."""
+    print(f"{'t':>5} {'beta':>10} {'alpha_bar':>11} {'SNR [dB]':>9} {'beta_tilde':>11}")
+    for t in sorted({round(schedule.T * k / 10) for k in range(11)} | {1}):
+        decibel = 10 * torch.log10(schedule.snr(t)).item()
+        print(f"{t:5d} {schedule.beta[t]:10.6f} {schedule.alpha_bar[t]:11.4g} {decibel:9.1f} "
+              f"{schedule.beta_tilde[t]:11.6f}")
+
+
+def compare_with_iteration(schedule: NoiseSchedule, x0: float = 0.5, chains: int = 20_000) -> None:
+    """Noise one pixel step by step in many chains; print their moments beside the closed form."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((chains, 1, 1, 1), x0, dtype=torch.float64)
+    print(f"\n{chains:,} chains of single steps from a pixel x0 = {x0}, beside the closed form:")
+    print(f"{'t':>5} {'mean':>10} {'closed':>10} {'std':>10} {'closed':>10}")
+    shown = {round(schedule.T * k / 5) for k in range(1, 6)}
+    for t in range(1, schedule.T + 1):
+        x = schedule.q_step(x, t, torch.randn(x.shape, generator=generator, dtype=x.dtype))
+        if t in shown:
+            mean = schedule.alpha_bar[t].sqrt() * x0
+            std = (1 - schedule.alpha_bar[t]).sqrt()
+            print(f"{t:5d} {x.mean():10.4f} {mean:10.4f} {x.std():10.4f} {std:10.4f}")
+    print(f"{chains:,} random chains can show agreement to about {2 / chains**0.5:.3f}; "
+          "tests/test_schedule.py shows it exactly.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Print the noise schedule and check it.")
+    parser.add_argument("--T", type=int, default=1000, help="number of noisy steps (1000)")
+    parser.add_argument("--kind", default="linear", choices=["linear", "cosine"], help="(linear)")
+    args = parser.parse_args(argv)
+    try:
+        schedule = NoiseSchedule(args.T, args.kind)
+    except ValueError as error:
+        parser.error(str(error))
+    print_table(schedule)
+    compare_with_iteration(schedule)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Part 2. The network: it looks at a noisy image and says what the noise was.
+
+Given x_t and t, the network returns ε_θ(x_t, t), its estimate of the noise ε inside x_t. Any
+function from images to images will do; this one is a UNet, the shape that works best on pictures.
+
+    python unet.py        the network as a table: output shape, parameters, multiply-adds
+
+The plan, with the size of the image at each stage:
+
+    x_t   28x28 ─ stem ─ block ───────────────── keep ──────────────── merge ─ block ─ head ─ ε_θ
+                           │ half the size                               │ twice the size
+                  14x14    └─ block ──────────── keep ──────────── merge ─ block
+                                │ half the size                      │ twice the size
+                   7x7          └─ block ─────── keep ─── attention ─ merge ─ block
+
+Each part answers a need:
+
+  * Whether a dark spot is noise or the edge of a stroke depends on what is around it. Halving the
+    image lets a 3x3 convolution at 7x7 see a large part of the digit at little cost. That is the
+    way down. The way up brings the answer back to full resolution.
+  * Noise is a matter of single pixels, and halving destroys these. So the image of each size is
+    kept on the way down and given to the way up, stacked as further channels ("skip connection").
+  * How much noise to expect depends on t, at every depth. So every block is told t.
+  * Strokes in opposite corners belong to the same digit. Attention at 7x7 lets every place look
+    at every other place.
+
+The default network has 324,705 parameters, as many as the plain network of the blog that this book
+follows. Where they stand matters: a weight of a 3x3 convolution is used 784 times at 28x28 but 49
+times at 7x7. So most weights are at 7x7, where they cost little time, and the few channels at
+28x28 still take almost half of the arithmetic.
+
+Sources: [UNet] Ronneberger, Fischer and Brox 2015, arXiv 1505.04597. [Attention] Vaswani et al.
+2017, arXiv 1706.03762. [FiLM] Perez et al. 2018, arXiv 1709.07871. [DDPM] Ho et al. 2020, arXiv
+2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv 2102.09672.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import nn
+
+
+def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Turn a step number into `dim` smooth features.               [Attention section 3.5]
+
+    t    (B,) integers or floats, in the paper's count 1..T (not divided by T)
+    dim  even, at least 4
+
+    Returns (B, dim) float32: sines in the first half, cosines in the second, whose wavelengths
+    grow from 2π to 20,000π steps. The short waves tell t from t + 1, the long ones small t from
+    large t. A single number t/1000 would leave the network to invent such features itself.
+    Raises ValueError if dim is odd or below 4.
+    """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"an embedding needs an even dimension of at least 4, not {dim}")
+    half = dim // 2
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequency = torch.exp(-math.log(10_000) * i / (half - 1))  # (dim/2,) from 1 to 1/10,000
+    angle = t.float()[:, None] * frequency[None, :]  # (B, dim/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, dim)
+
+
+def zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """Set a layer's weights to zero.
+
+    Used for the last layer of each block. The block then adds nothing at first, the whole network
+    starts as a simple one and grows its depth as training finds use for it. With the head at zero
+    too, the untrained network answers 0, and the loss starts at mean(ε²) = 1.
+    """
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions that know t, added to their input.
+
+    channels    C, in and out, a multiple of groups
+    time_width  width of the time features
+    groups      GroupNorm normalises channels in this many groups. It works on one image at a time.
+                BatchNorm would mix images of different t, whose statistics differ.
+    """
+
+    def __init__(self, channels: int, time_width: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.film = nn.Linear(time_width, 2 * channels)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W), time (B, time_width) -> (B, C, H, W)"""
+        h = self.conv1(F.silu(self.norm1(x)))
+        # t sets a gain and an offset for every channel, so that each channel can be loud at some
+        # noise levels and silent at others. A gain near 1 leaves the block as it is.       [FiLM]
+        scale, shift = rearrange(self.film(time), "b (two c) -> two b c 1 1", two=2)
+        h = self.norm2(h) * (1 + scale) + shift
+        return x + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """Every place in the image looks at every other place.         [Attention section 3.2]
+
+    Each place emits a query (what do I look for), a key (what do I offer) and a value (what do I
+    pass on). It receives the average of all values, weighted by how well its query fits the keys.
+
+    channels  C, a multiple of heads and of groups
+    heads     number of independent attentions, each on C/heads of the channels
+    groups    of the GroupNorm
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels)
+        # 1x1 convolutions: the same small matrix at every place.
+        self.query = nn.Conv2d(channels, channels, 1)
+        # No bias for the keys: it would add the same number to all scores of a query, which the
+        # softmax cancels. Such a parameter would never get a gradient.
+        self.key = nn.Conv2d(channels, channels, 1, bias=False)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def weights(self, normed: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, heads, HW, HW); row i says where place i looks, and sums to 1."""
+        split = "b (head d) h w -> b head (h w) d"
+        q = rearrange(self.query(normed), split, head=self.heads)
+        k = rearrange(self.key(normed), split, head=self.heads)
+        score = einsum(q, k, "b head i d, b head j d -> b head i j")
+        # A sum of d products has standard deviation √d. Divided by it, the scores start near ±1,
+        # where the softmax is soft and passes gradients.
+        return (score / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, H, W)"""
+        normed = self.norm(x)
+        v = rearrange(self.value(normed), "b (head d) h w -> b head (h w) d", head=self.heads)
+        seen = einsum(self.weights(normed), v, "b head i j, b head j d -> b head i d")
+        seen = rearrange(seen, "b head (h w) d -> b (head d) h w", h=x.shape[2])
+        return x + self.out(seen)
+
+
+class UNet(nn.Module):
+    """The noise predictor ε_θ(x_t, t).
+
+    channels     channels at each resolution, largest image first; multiples of groups
+    embedding    dimension of the sinusoidal embedding of t
+    time_hidden  hidden width of the perceptron that follows it
+    time_width   width of the time features that every block receives
+    heads        attention heads at the smallest resolution
+    groups       groups of every GroupNorm
+
+    The defaults make 324,705 parameters. Any other choice works too; a model file remembers it.
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (32, 32, 64), embedding: int = 40,
+                 time_hidden: int = 96, time_width: int = 64, heads: int = 4, groups: int = 8):
+        super().__init__()
+        if any(c % groups for c in channels) or channels[-1] % heads:
+            raise ValueError(f"channels {tuple(channels)} must be multiples of groups = {groups}, "
+                             f"and the last one of heads = {heads}")
+        # What a model file needs to build this network again.
+        self.config = dict(channels=list(channels), embedding=embedding, time_hidden=time_hidden,
+                           time_width=time_width, heads=heads, groups=groups)
+        levels = range(len(channels))
+
+        # A two-layer perceptron turns the sinusoids into what the blocks need to know about t.
+        self.time_mlp = nn.Sequential(
+            nn.Linear(embedding, time_hidden), nn.SiLU(),
+            nn.Linear(time_hidden, time_width), nn.SiLU())
+
+        self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
+        self.encoder = nn.ModuleList(
+            ResidualBlock(channels[i], time_width, groups) for i in levels)
+        # A convolution of stride 2 halves the image and can choose what to keep; pooling cannot.
+        self.down = nn.ModuleList(
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1) for i in levels[:-1])
+        self.attention = Attention(channels[-1], heads, groups)
+        # What comes from below and what was kept are stacked and mixed by a 1x1 convolution.
+        self.merge = nn.ModuleList(
+            nn.Conv2d(channels[min(i + 1, levels[-1])] + channels[i], channels[i], 1)
+            for i in levels)
+        self.decoder = nn.ModuleList(
+            ResidualBlock(channels[i], time_width, groups) for i in levels)
+        self.head = nn.Sequential(
+            nn.GroupNorm(groups, channels[0]), nn.SiLU(),
+            zero(nn.Conv2d(channels[0], 1, 3, padding=1)))
+
+    def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Estimate the noise in a batch of noisy images.
+
+        xt  (B, 1, H, W) noisy images; H and W multiples of 4, 28 for MNIST
+        t   (B,) integers in 1..T, the noise level of each image
+
+        Returns ε_θ, (B, 1, H, W). Raises ValueError for shapes that do not fit.
+        """
+        step = 2 ** len(self.down)  # the image is halved this many times
+        if xt.dim() != 4 or xt.shape[1] != 1 or xt.shape[2] % step or xt.shape[3] % step:
+            raise ValueError(f"images must be (B, 1, H, W) with H and W multiples of {step}, "
+                             f"not {tuple(xt.shape)}")
+        if t.shape != xt.shape[:1]:
+            raise ValueError(f"t must be ({len(xt)},), one for each image, not {tuple(t.shape)}")
+
+        time = self.time_mlp(timestep_embedding(t, self.config["embedding"]))  # (B, time_width)
+
+        # The way down. Shapes are those of the default network.
+        x = self.stem(xt)  # (B, 32, 28, 28)
+        kept = []
+        for i, block in enumerate(self.encoder):
+            if i > 0:
+                x = self.down[i - 1](x)  # (B, 32, 14, 14), then (B, 64, 7, 7)
+            x = block(x, time)
+            kept.append(x)
+
+        x = self.attention(x)  # (B, 64, 7, 7)
+
+        # The way up.
+        for i in reversed(range(len(kept))):
+            if i + 1 < len(kept):
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # 7 -> 14, then 14 -> 28
+            x = self.merge[i](torch.cat([x, kept[i]], dim=1))
+            x = self.decoder[i](x, time)  # (B, 64, 7, 7), (B, 32, 14, 14), (B, 32, 28, 28)
+
+        return self.head(x)  # (B, 1, 28, 28)
+
+
+def describe(model: UNet, size: int = 28) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """Run one image through the network and note what each stage does.
+
+    Returns (stage, output shape, parameters, multiply-adds) in the order of execution. The
+    multiply-adds are those of one image, in all convolutions and linear layers and in attention.
+    """
+    rows, macs = [], {}
+
+    def count(module, inputs, output):
+        # Each output number of a convolution or linear layer is a sum over weight.numel() /
+        # out_channels products.
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            macs[module] = output.numel() * module.weight[0].numel()
+        elif isinstance(module, Attention):
+            places = output.shape[2] * output.shape[3]
+            macs[module] = 2 * places**2 * output.shape[1]  # scores, then averages
+
+    def note(name):
+        def hook(stage, inputs, output):
+            rows.append((name, tuple(output.shape[1:]),
+                         sum(p.numel() for p in stage.parameters()),
+                         sum(macs.get(m, 0) for m in stage.modules())))
+        return hook
+
+    hooks = [m.register_forward_hook(count) for m in model.modules()]
+    for name, child in model.named_children():
+        for key, stage in ([("", child)] if not isinstance(child, nn.ModuleList)
+                           else [(f" {i}", m) for i, m in enumerate(child)]):
+            hooks.append(stage.register_forward_hook(note(name + key)))
+    with torch.no_grad():
+        model(torch.zeros(1, 1, size, size), torch.ones(1, dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def main() -> None:
+    rows = describe(UNet())
+    print(f"{'stage':<12} {'output':>14} {'parameters':>11} {'multiply-adds':>14}")
+    for name, shape, parameters, macs in rows:
+        print(f"{name:<12} {' x '.join(map(str, shape)):>14} {parameters:11,} {macs:14,}")
+    total = [sum(column) for column in zip(*[row[2:] for row in rows])]
+    print(f"{'total':<12} {'':>14} {total[0]:11,} {total[1]:14,}")
+
+
+if __name__ == "__main__":
+    main()
