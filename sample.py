@@ -38,18 +38,19 @@ Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [DDIM] Song, Meng an
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from einops import repeat
-from torchvision.io import write_png
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from schedule import NoiseSchedule
-from train import HERE, load_checkpoint, pick_device, read, to_uint8
+from train import HERE, Checkpoint, load_checkpoint, pick_device, to_uint8
 
 VARIANCES = ("beta_tilde", "beta", "zero")
 
@@ -162,35 +163,34 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 
 # --------------------------------------------------------------------------- the command line
 
-def find_checkpoint(path: str | None) -> Path:
-    """The model file to use: the one named, else your own finished run, else the one shipped."""
-    if path is not None:
-        return Path(path)
-    own = HERE / "runs" / "mnist" / "model.pt"
-    if own.exists():
-        state = read(own)
-        if len(state["history"]["loss"]) == state["config"]["epochs"]:
-            return own
-    return HERE / "pretrained" / "model.pt"
+def open_checkpoint(name: str | None) -> tuple[Path, Checkpoint]:
+    """Load a model file and print which: the one named, else your own finished run in runs/mnist,
+    else the one that is shipped in pretrained.
 
-
-def output_folder(checkpoint: Path) -> Path:
-    """Where pictures of a model belong: beside it, but never among the shipped files."""
-    if checkpoint.resolve().parent == HERE / "pretrained":
-        return HERE / "runs" / "pretrained"
-    return checkpoint.parent
+    Raises FileNotFoundError or ValueError, in one line, if that cannot be done.
+    """
+    path, own = HERE / "pretrained" / "model.pt", HERE / "runs" / "mnist" / "model.pt"
+    if name is not None:
+        path = Path(name)
+    elif own.exists():
+        run = load_checkpoint(own)
+        if len(run.history["loss"]) == run.config.epochs:
+            path = own
+    checkpoint = load_checkpoint(path)
+    print(f"{path}: {len(checkpoint.history['loss'])} epochs, held-out loss "
+          f"{checkpoint.history['held_out'][-1]:.4f}", flush=True)
+    return path, checkpoint
 
 
 def parse_seeds(text: str) -> list[int]:
     """'0-3,7' -> [0, 1, 2, 3, 7]. Raises argparse.ArgumentTypeError for anything else."""
     seeds = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or part.endswith("-"):
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
             raise argparse.ArgumentTypeError(f"{part!r} is not a seed or a range such as 0-31")
-        seeds += range(int(first), int(last or first) + 1)
-    if not seeds or max(seeds) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} names no seeds, or one above 2^63 - 1")
+        seeds += range(first, last + 1)
     return seeds
 
 
@@ -198,8 +198,7 @@ def save_grid(images: torch.Tensor, path: Path, scale: int = 4) -> None:
     """Write images (B, 1, H, W) in [-1, 1] as one PNG, eight to a row, in enlarged pixels."""
     grid = make_grid(to_uint8(images.cpu()), nrow=8, padding=1, pad_value=64)[:1]  # (1, H, W)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a folder that cannot be written raises a plain OSError here
-    write_png(repeat(grid, "c h w -> c (h i) (w j)", i=scale, j=scale), str(path))
+    to_pil_image(repeat(grid, "c h w -> c (h i) (w j)", i=scale, j=scale)).save(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,12 +217,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     args = parser.parse_args(argv)
     try:
-        path = find_checkpoint(args.checkpoint)
-        checkpoint = load_checkpoint(path)
-        print(f"{path}: {len(checkpoint.history['loss'])} epochs, held-out loss "
-              f"{checkpoint.history['held_out'][-1]:.4f}", flush=True)
+        path, checkpoint = open_checkpoint(args.checkpoint)
         model = checkpoint.model.to(pick_device(args.device))
-        out = Path(args.out) if args.out else output_folder(path) / "samples.png"
+        # Pictures of a run belong beside it, those of the shipped model not among shipped files.
+        shipped = path.resolve().parent == HERE / "pretrained"
+        folder = HERE / "runs" / "pretrained" if shipped else path.parent
+        out = Path(args.out or folder / "samples.png")
         levels = timesteps(checkpoint.schedule.T, args.steps)
         chain = sample(model, checkpoint.schedule, args.seeds, variance=args.variance,
                        steps=args.steps, clip=args.clip)

@@ -105,8 +105,8 @@ class Config:
 
 # ------------------------------------------------------------------------------------- the digits
 
-def load_images(data: str | Path = HERE / "data",
-                train: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def load_images(data: str | Path = HERE / "data", train: bool = True,
+                download: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """All MNIST images of one split, from DATA/MNIST/raw, downloaded if they are not there.
 
     Returns images, uint8 (N, 1, 28, 28), and labels, int64 (N,). As bytes all of MNIST is 55 MB
@@ -116,11 +116,13 @@ def load_images(data: str | Path = HERE / "data",
         try:
             dataset = MNIST(data, train=train)
         except RuntimeError:  # not there
+            if not download:
+                raise
             dataset = MNIST(data, train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or ["?"])[0]
         raise RuntimeError(
-            f"no MNIST in {Path(data) / 'MNIST' / 'raw'} and no download ({reason}); get "
+            f"no MNIST in {Path(data) / 'MNIST' / 'raw'}, and no download ({reason}); get "
             "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
             "t10k-labels-idx1-ubyte from https://ossci-datasets.s3.amazonaws.com/mnist/, unpack "
             "them there, or name another folder with --data DIR") from error
@@ -253,11 +255,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises FileNotFoundError or ValueError, in one line, if that cannot be done.
     """
     state = read(path)
-    model = UNet(**state["network"])
-    model.load_state_dict(state["average"])
-    model.eval()
+    with torch.device("meta"):  # shapes only: random weights would be overwritten at once
+        model = UNet(**state["network"])
+    try:
+        model.load_state_dict(state["average"], assign=True)
+    except RuntimeError:
+        raise ValueError(f"the weights in {path} do not fit the UNet of unet.py; it was changed "
+                         "after they were trained, so train again") from None
     config = Config(**state["config"])
-    return Checkpoint(model, NoiseSchedule(config.T, config.schedule), config, state["history"])
+    return Checkpoint(model.eval(), NoiseSchedule(config.T, config.schedule), config,
+                      state["history"])
 
 
 # --------------------------------------------------------------------------------------- the loop

@@ -205,7 +205,8 @@ class UNet(nn.Module):
         if t.shape != xt.shape[:1]:
             raise ValueError(f"t must be ({len(xt)},), one for each image, not {tuple(t.shape)}")
 
-        time = self.time_mlp(timestep_embedding(t, self.config["embedding"]))  # (B, time_width)
+        embedding = timestep_embedding(t, self.config["embedding"]).to(xt.dtype)
+        time = self.time_mlp(embedding)  # (B, time_width)
 
         # The way down. Shapes are those of the default network.
         x = self.stem(xt)  # (B, 32, 28, 28)

@@ -1,0 +1,286 @@
+"""Part 3, continued. Every figure of the book, drawn from a trained model.
+
+    python plots.py                       all figures
+    python plots.py loss grid             those named; known are forward, embedding, loss,
+                                          trajectory, grid
+    python plots.py --data DIR            with MNIST from DIR/MNIST/raw
+
+This script draws and never trains. It reads a model file with its history, samples 32 digits from
+seeds 0..31 where a figure needs them (one run of 1,000 steps serves all figures), and writes PNG
+files. Drawn twice on one machine, a figure is the same byte for byte.
+
+    forward       how a digit becomes noise, and the curves that say how fast           Part 1
+    embedding     how the network is told t                                             Part 2
+    loss          the loss of each epoch, beside the one that the blog published        Part 3
+    trajectory    one digit on its way from noise, and what the network expects         Part 3
+    grid          32 digits from 32 seeds                                               Part 3
+
+One grey scale serves all pictures: black is -1, white is +1, values beyond are cut off. A scale
+fitted to each picture would hide how the range changes on the way.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draw to files; works without a screen
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from torchvision.utils import make_grid  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from sample import open_checkpoint, sample  # noqa: E402
+from schedule import NoiseSchedule  # noqa: E402
+from train import (  # noqa: E402
+    BLOG_LOSS, HERE, Checkpoint, from_uint8, load_images, pick_device)
+from unet import timestep_embedding  # noqa: E402
+
+SEEDS = list(range(32))
+SHOWN = 0  # the seed whose trajectory is drawn
+
+# Blue, orange, green and grey that colour-blind readers can tell apart (Okabe and Ito).
+OURS, BLOG, THIRD, FAINT = "#0072B2", "#D55E00", "#009E73", "#777777"
+
+STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+         "lines.linewidth": 2, "image.cmap": "gray", "image.interpolation": "nearest",
+         "savefig.dpi": 150, "figure.facecolor": "white"}
+
+
+@dataclass
+class Material:
+    """What the figures are drawn from.
+
+    checkpoint  the trained model, its schedule, configuration and history
+    chain       {t: (x_t, x̂₀)} for the levels that are drawn, each (32, 1, 28, 28), on the CPU;
+                empty if no figure needs samples
+    digits      (4, 1, 28, 28) clean digits in [-1, 1] for the forward process
+    real        whether these digits are from MNIST (else the network has drawn them)
+    """
+    checkpoint: Checkpoint
+    chain: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    digits: torch.Tensor | None
+    real: bool
+
+
+def levels(T: int) -> list[int]:
+    """The noise levels that are drawn, from T to 0: denser where more happens."""
+    return [round(T * share) for share in (1, .8, .6, .5, .4, .3, .2, .1, .05, 0)]
+
+
+def show(ax: Axes, image: torch.Tensor) -> None:
+    """One image (1, H, W) on the grey scale that all figures share."""
+    ax.imshow(image[0].numpy(), vmin=-1, vmax=1)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+
+
+# -------------------------------------------------------------------------------------- figures
+
+def plot_forward(material: Material) -> Figure:
+    """Digits at growing t, above the curves of the linear and the cosine schedule. [DDPM Eq. 4]"""
+    schedule, digits = material.checkpoint.schedule, material.digits
+    T = schedule.T
+    ts = [round(T * share) for share in (0, .05, .1, .2, .3, .4, .6, 1)]
+    figure = plt.figure(figsize=(10, 8.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[len(digits) * 1.2, 3.6])
+
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(digits.shape, generator=generator)  # one noise for each row, the same at all t
+    axes = top.subplots(len(digits), len(ts))
+    for column, t in enumerate(ts):
+        xt = schedule.q_sample(digits, t, eps)
+        for row in range(len(digits)):
+            show(axes[row, column], xt[row])
+        axes[0, column].set_title(f"t = {t}")
+    whose = "MNIST digits" if material.real else "Generated digits (MNIST was not at hand)"
+    top.suptitle(f"{whose} under the forward process of the {material.checkpoint.config.schedule} "
+                 "schedule", fontsize=13)
+
+    left, right = bottom.subplots(1, 2)
+    for kind, style in (("linear", "-"), ("cosine", "--")):
+        other = NoiseSchedule(T, kind, allow_signal=True)
+        alpha_bar = other.alpha_bar.numpy()
+        left.plot(alpha_bar**0.5, style, color=OURS, label=f"signal, {kind}")
+        left.plot((1 - alpha_bar)**0.5, style, color=BLOG, label=f"noise, {kind}")
+        decibels = 10 * other.snr(torch.arange(1, T)).log10().numpy()
+        right.plot(range(1, T), decibels, style, color=THIRD, label=kind)
+    left.set(title=r"Factors $\sqrt{\bar\alpha_t}$ of the image and $\sqrt{1-\bar\alpha_t}$ "
+                   "of the noise", xlabel="t", xlim=(0, T), ylim=(0, 1.02))
+    right.set(title="Signal-to-noise ratio", xlabel="t", ylabel="decibel", xlim=(0, T))
+    right.axhline(0, color=FAINT, linewidth=1)
+    left.legend(fontsize=9, loc="center right")
+    right.legend(fontsize=9)
+    return figure
+
+
+def plot_embedding(material: Material) -> Figure:
+    """The sinusoidal features of every t, and how alike those of two t are.
+
+    [Attention section 3.5]
+    """
+    T = material.checkpoint.schedule.T
+    dim = material.checkpoint.model.config["embedding"]
+    features = timestep_embedding(torch.arange(1, T + 1), dim)  # (T, dim)
+
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 4), layout="constrained", width_ratios=[1.25, 1])
+    picture = left.imshow(features.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
+                          extent=(1, T, dim, 0))
+    left.axhline(dim / 2, color="black", linewidth=1)
+    left.set(title="Embedding of t, one column for each t", xlabel="t",
+             ylabel="feature (above the line sines, below cosines)")
+    left.grid(False)
+    figure.colorbar(picture, ax=left)
+    for share, color in ((.1, OURS), (.5, BLOG), (.9, THIRD)):
+        t = round(T * share)
+        distance = (features - features[t - 1]).norm(dim=1).numpy()
+        right.plot(range(1, T + 1), distance, color=color, linewidth=1.2, label=f"to t = {t}")
+    right.set(title="Distance between embeddings", xlabel="t", xlim=(0, T), ylim=(0, None))
+    right.legend(fontsize=9, loc="lower right", framealpha=0.9)
+    return figure
+
+
+def plot_loss(material: Material) -> Figure:
+    """Training and held-out loss of each epoch, beside the blog's training loss."""
+    history, config = material.checkpoint.history, material.checkpoint.config
+    figure, ax = plt.subplots(figsize=(10, 5), layout="constrained")
+    held_out = "validation" if config.val_images else "test"
+    for values, color, label in (
+            (BLOG_LOSS, BLOG, "the blog's network, training"),
+            (history["loss"], OURS, "ours, training"),
+            (history["held_out"], THIRD, f"ours, averaged weights, {held_out} images")):
+        epochs = range(1, len(values) + 1)
+        ax.plot(epochs, values, "o-", color=color, markersize=4, label=label)
+        ax.annotate(f"{values[-1]:.4f}", (len(values), values[-1]), xytext=(8, 0), color=color,
+                    textcoords="offset points", va="center")
+    ax.set_yscale("log")
+    ticks = [.02, .03, .04, .05, .07, .1, .15, .2]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    last = max(len(BLOG_LOSS), len(history["loss"]))
+    ax.set(xlabel="epoch", ylabel="mean squared error of the predicted noise",
+           xlim=(0.6, last + 0.9), xticks=range(1, last + 1),
+           title="Loss by epoch, both networks with 324,705 parameters"
+           if parameters(material) == 324_705 else "Loss by epoch")
+    ax.legend(frameon=False)
+    return figure
+
+
+def plot_trajectory(material: Material) -> Figure:
+    """One digit on its way from noise: x_t above, the prediction x̂₀ made from it below."""
+    chain = material.chain
+    figure, axes = plt.subplots(2, len(chain), figsize=(10, 2.75), layout="constrained")
+    for column, (t, (xt, x0_hat)) in enumerate(chain.items()):
+        show(axes[0, column], xt[SHOWN])
+        show(axes[1, column], x0_hat[SHOWN])
+        axes[0, column].set_title(f"t = {t}", fontsize=10)
+    axes[0, 0].set_ylabel("$x_t$", rotation=0, labelpad=14, va="center", fontsize=13)
+    axes[1, 0].set_ylabel(r"$\hat x_0$", rotation=0, labelpad=14, va="center", fontsize=13)
+    figure.suptitle(f"Denoising seed {SEEDS[SHOWN]}: the noisy image, and the clean image that "
+                    "the network expects", fontsize=12)
+    return figure
+
+
+def plot_grid(material: Material) -> Figure:
+    """32 digits from 32 seeds, four rows of eight."""
+    grid = make_grid(material.chain[0][0], nrow=8, padding=2, pad_value=-0.5)
+    figure, ax = plt.subplots(figsize=(10, 5.35), layout="constrained")
+    show(ax, grid)
+    ax.set_title(f"Seeds {SEEDS[0]} to {SEEDS[-1]}, row by row")
+    return figure
+
+
+FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_loss,
+           "trajectory": plot_trajectory, "grid": plot_grid}
+
+
+# ----------------------------------------------------------------------------- gather and save
+
+def parameters(material: Material) -> int:
+    """Number of weights of the network."""
+    return sum(p.numel() for p in material.checkpoint.model.parameters())
+
+
+def gather(checkpoint: Checkpoint, names: list[str], data: str | Path = HERE / "data",
+           device: str = "cpu") -> Material:
+    """Collect what the named figures need, sampling at most once.
+
+    data  folder with MNIST/raw for the clean digits; nothing is downloaded
+    """
+    digits, real = None, False
+    if "forward" in names:
+        try:
+            images, labels = load_images(data, train=False, download=False)
+            first = [int((labels == digit).nonzero()[0]) for digit in (7, 2, 4, 9)]
+            digits, real = from_uint8(images[first]), True
+        except RuntimeError:
+            pass  # draw the network's own digits; the title will say so
+    chain = {}
+    if {"trajectory", "grid"} & set(names) or ("forward" in names and not real):
+        model = checkpoint.model.to(pick_device(device))
+        wanted = set(levels(checkpoint.schedule.T))
+        steps = sample(model, checkpoint.schedule, SEEDS)
+        for t, xt, x0_hat in tqdm(steps, total=checkpoint.schedule.T + 1, unit=" steps",
+                                  desc="sampling", disable=None):
+            if t in wanted:
+                chain[t] = xt.cpu(), x0_hat.cpu()
+    if "forward" in names and not real:
+        digits = chain[0][0][:4]
+    return Material(checkpoint, chain, digits, real)
+
+
+def draw(name: str, material: Material, folder: Path) -> Path:
+    """Draw one figure into folder/name.png and return that path."""
+    config = material.checkpoint.config
+    with plt.rc_context(STYLE):
+        figure = FIGURES[name](material)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.png"
+        figure.savefig(path, metadata={
+            "Software": None,  # a version number here would change the bytes
+            "Description": f"MNIST, {len(material.checkpoint.history['loss'])} epochs, training "
+                           f"seed {config.seed}, {config.schedule} schedule, T = {config.T}, "
+                           f"{parameters(material)} parameters"})
+        plt.close(figure)
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw the figures of the book.")
+    parser.add_argument("names", nargs="*", metavar="FIGURE",
+                        help=f"which ones: {', '.join(FIGURES)} (all)")
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="model file (your own finished run, else pretrained/model.pt)")
+    parser.add_argument("--data", default=HERE / "data", metavar="DIR",
+                        help="folder that holds MNIST/raw, for the clean digits (data)")
+    parser.add_argument("--out", metavar="DIR",
+                        help="folder for the PNG files (figures, or in the folder of your run)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
+    args = parser.parse_args(argv)
+    names = args.names or list(FIGURES)
+    unknown = [name for name in names if name not in FIGURES]
+    if unknown:
+        parser.error(f"unknown figure {unknown[0]!r}; known are {', '.join(FIGURES)}")
+    try:
+        path, checkpoint = open_checkpoint(args.checkpoint)
+        shipped = path.resolve().parent == HERE / "pretrained"
+        folder = Path(args.out or (HERE if shipped else path.parent) / "figures")
+        material = gather(checkpoint, names, args.data, args.device)
+        for name in names:
+            print(f"wrote {draw(name, material, folder)}", flush=True)
+    except KeyboardInterrupt:
+        print("\nstopped; figures named above are complete", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"plots.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What the tests draw: schedules, steps, and tensors made from drawn integer seeds.
+
+Hypothesis does not know of torch's generators. So it draws an integer, a generator is made of it,
+and the generator makes the tensors: the same integer always gives the same tensors, and a failing
+example can be replayed and shrunk.
+"""
+
+import struct
+from pathlib import Path
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from schedule import NoiseSchedule
+
+SEED = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def schedules(draw, max_T: int = 40) -> NoiseSchedule:
+    """Any betas in [1e-5, 0.5], as long as some signal is left: alpha_bar_T >= 1e-8."""
+    betas = draw(st.lists(st.floats(1e-5, 0.5), min_size=2, max_size=max_T))
+    schedule = NoiseSchedule.from_betas(betas, allow_signal=True)
+    assume(schedule.alpha_bar[-1] >= 1e-8)
+    return schedule
+
+
+@st.composite
+def schedules_and_t(draw, lowest: int = 1) -> tuple[NoiseSchedule, int]:
+    """A schedule and one of its steps, lowest <= t <= T."""
+    schedule = draw(schedules())
+    return schedule, draw(st.integers(lowest, schedule.T))
+
+
+def normal(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
+    """Standard normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def pictures(count: int, size: int = 28, seed: int = 0) -> torch.Tensor:
+    """uint8 (count, 1, size, size): a white rectangle on black in each, somewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.zeros(count, 1, size, size, dtype=torch.uint8)
+    for image in images:
+        top, left = torch.randint(0, size // 2, (2,), generator=generator).tolist()
+        height, width = torch.randint(2, size // 2, (2,), generator=generator).tolist()
+        image[0, top:top + height, left:left + width] = 255
+    return images
+
+
+def write_mnist(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Write images and labels as both splits of MNIST, in its own file format (IDX)."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        head = struct.pack(">IIII", 0x803, len(images), images.shape[2], images.shape[3])
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(head + images.numpy().tobytes())
+        head = struct.pack(">II", 0x801, len(labels))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            head + labels.to(torch.uint8).numpy().tobytes())

@@ -1,0 +1,108 @@
+"""Every figure is drawn, from any model file, the same each time, and shows what it says."""
+
+import shutil
+
+import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
+
+import plots as script
+from plots import FIGURES, draw, gather
+from strategies import pictures, write_mnist
+from train import BLOG_LOSS, from_uint8, load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def material(tiny_run):
+    """What all figures need, from the tiny run and without MNIST."""
+    return gather(load_checkpoint(tiny_run / "model.pt"), list(FIGURES), data=tiny_run)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_is_drawn_twice_the_same(name, material, tmp_path):
+    """A PNG of a size for a README, byte for byte the same when drawn again, with its origin."""
+    first, second = (draw(name, material, tmp_path / run).read_bytes() for run in "ab")
+    assert first == second
+    with Image.open(tmp_path / "a" / f"{name}.png") as picture:
+        assert picture.width == 1500 and 300 < picture.height < 2000
+        assert "training seed 0, cosine schedule, T = 20" in picture.info["Description"]
+
+
+def test_grid_shows_the_samples(material):
+    """The picture in the axes is made of the 32 final images, on the fixed grey scale."""
+    figure = script.plot_grid(material)
+    shown = figure.axes[0].images[0]
+    assert shown.get_clim() == (-1, 1)
+    final = material.chain[0][0]
+    for k in range(32):
+        top, left = 2 + 30 * (k // 8), 2 + 30 * (k % 8)
+        tile = torch.from_numpy(shown.get_array().data[top:top + 28, left:left + 28])
+        assert torch.equal(tile, final[k, 0])
+    script.plt.close(figure)
+
+
+def test_trajectory_shows_noisy_images_above_predictions(material):
+    """Upper row x_t, lower row x0_hat, t falling from T to 0, one grey scale everywhere."""
+    figure = script.plot_trajectory(material)
+    levels = script.levels(20)
+    columns = len(levels)
+    assert levels[0] == 20 and levels[-1] == 0 and len(figure.axes) == 2 * columns
+    for i, t in enumerate(levels):
+        xt, x0_hat = material.chain[t]
+        for ax, expected in ((figure.axes[i], xt), (figure.axes[columns + i], x0_hat)):
+            assert torch.equal(torch.from_numpy(ax.images[0].get_array().data), expected[0, 0])
+            assert ax.images[0].get_clim() == (-1, 1)
+        assert figure.axes[i].get_title() == f"t = {t}"
+    script.plt.close(figure)
+
+
+def test_loss_shows_history_and_the_blogs_numbers(material):
+    """The three curves are the blog's fifteen numbers, our training and our held-out loss."""
+    figure = script.plot_loss(material)
+    blog, loss, held_out = (line.get_ydata().tolist() for line in figure.axes[0].lines)
+    assert blog == list(BLOG_LOSS)
+    assert loss == material.checkpoint.history["loss"]
+    assert held_out == material.checkpoint.history["held_out"]
+    script.plt.close(figure)
+
+
+def test_forward_process_says_whose_digits_it_shows(material, tiny_run, tmp_path):
+    """With MNIST at hand: real digits, and no sampling. Without: the network's, and it says so."""
+    labels = torch.tensor([7, 2, 4, 9])
+    write_mnist(tmp_path, pictures(4), labels)
+    real = gather(material.checkpoint, ["forward"], data=tmp_path)
+    assert real.real and not real.chain and torch.equal(real.digits, from_uint8(pictures(4)))
+    assert not material.real and torch.equal(material.digits, material.chain[0][0][:4])
+    for m, word in ((real, "MNIST digits"), (material, "Generated digits")):
+        figure = script.plot_forward(m)
+        assert word in figure.subfigs[0].get_suptitle()
+        shown = figure.axes[0].images[0].get_array().data
+        assert torch.equal(torch.from_numpy(shown), m.digits[0, 0])
+        script.plt.close(figure)
+
+
+def test_command_draws_what_is_named(tiny_run, tmp_path, capsys):
+    """python plots.py loss writes loss.png alone, beside the run it was drawn from."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    script.main(["loss", "--checkpoint", str(run / "model.pt")])
+    assert [path.name for path in (run / "figures").iterdir()] == ["loss.png"]
+    assert str(run / "figures" / "loss.png") in capsys.readouterr().out
+    assert imread(run / "figures" / "loss.png").std() > 0
+
+
+@pytest.mark.parametrize("argv, status, message", [
+    (["losses"], 2, "known are forward, embedding, loss, trajectory, grid"),
+    (["loss", "--checkpoint", "missing.pt"], 1, "no model file missing.pt"),
+    (["grid", "--device", "abacus"], 1, "device 'abacus' is not available")])
+def test_wrong_options_exit_with_one_line(argv, status, message, tiny_run, tmp_path, capsys):
+    """Exit status 2 for usage and 1 for the rest; nothing is written."""
+    if "--checkpoint" not in argv:
+        argv = [*argv, "--checkpoint", str(tiny_run / "model.pt")]
+    with pytest.raises(SystemExit) as exit_:
+        script.main([*argv, "--out", str(tmp_path / "new")])
+    text = capsys.readouterr().err or str(exit_.value)
+    assert message in text
+    assert exit_.value.code == 2 if status == 2 else isinstance(exit_.value.code, str)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,448 @@
+"""The laws of the sampler: what each step does to mean and variance, and what decides a digit.
+
+The oracle is data whose best noise prediction is known exactly. If x_0 ~ N(mu, lam) in every
+pixel, then x_t ~ N(sqrt(alpha_bar) mu, v) with v = alpha_bar lam + 1 - alpha_bar, and
+
+    eps*(x_t) = sqrt(1 - alpha_bar) (x_t - sqrt(alpha_bar) mu) / v.
+
+With this predictor and without clipping a step is affine in x_t and in the noise, so the mean and
+variance of the whole chain follow by a plain loop: no network, no randomness, no tolerance for
+luck. What the loop must give is known from theory.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import sample as script
+from sample import VARIANCES, p_step, parse_seeds, sample, timesteps
+from schedule import NoiseSchedule
+from strategies import SEED, normal, schedules, schedules_and_t
+from train import to_uint8
+
+LINEAR = NoiseSchedule()
+ONE, ZERO = (torch.full((1, 1, 1, 1), v, dtype=torch.float64) for v in (1.0, 0.0))
+
+
+class Gaussian(torch.nn.Module):
+    """The exact noise predictor for data N(mu, lam) in every pixel; stands in for the network."""
+
+    def __init__(self, schedule, mu: float, lam: float):
+        super().__init__()
+        self.schedule, self.mu, self.lam = schedule, mu, lam
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # so that it is on a device
+        self.calls = []
+
+    def forward(self, xt, t):
+        self.calls.append(int(t[0]))
+        alpha_bar = self.schedule.alpha_bar[t].reshape(-1, 1, 1, 1).to(xt.dtype)
+        v = alpha_bar * self.lam + 1 - alpha_bar
+        return (1 - alpha_bar).sqrt() * (xt - alpha_bar.sqrt() * self.mu) / v
+
+
+def affine(schedule, t, lam, variance, t_prev=None):
+    """(a, b) with x_{t-1} = a x_t + b noise for data N(0, lam), read off the real p_step."""
+    t_ = torch.tensor([t])
+    eps = Gaussian(schedule, 0.0, lam)(ONE, t_)
+    a = p_step(schedule, ONE, t, eps, ZERO, t_prev, variance, clip=False).item()
+    b = p_step(schedule, ZERO, t, ZERO, ONE, t_prev, variance, clip=False).item()
+    return a, b
+
+
+def chain_variances(schedule, lam, variance, start: float = 1.0) -> list[float]:
+    """Var x_t for t = T..0 of the real step from variance `start` at T; list index t."""
+    v = [0.0] * schedule.T + [start]
+    for t in range(schedule.T, 0, -1):
+        a, b = affine(schedule, t, lam, variance)
+        v[t - 1] = a * a * v[t] + b * b
+    return v
+
+
+# ------------------------------------------------------------- the variance behaviour, exactly
+
+@given(schedules(), st.floats(0, 4), st.sampled_from(VARIANCES))
+def test_variance_follows_the_exact_recursion(schedule, lam, variance):
+    """V_{t-1} = g^2 V_t + sigma_t^2, g = sqrt(alpha_t) v_{t-1}/v_t, at every t.
+
+    [DDPM Algorithm 2] sigma_t^2 is beta_t, beta_tilde_t or 0, and 0 in the last step. The loop
+    here uses only products of betas. Rounding: 1 - alpha_bar is good to 2e-11.
+    """
+    assume(schedule.beta.min() >= 0)
+    code = chain_variances(schedule, lam, variance)
+    alpha_bar, V = [1.0], 1.0
+    for beta in schedule.beta[1:].tolist():
+        alpha_bar.append(alpha_bar[-1] * (1 - beta))
+    v = [a * lam + 1 - a for a in alpha_bar]
+    for t in range(schedule.T, 0, -1):
+        beta = schedule.beta[t].item()
+        if v[t - 1] == 0:  # lam = 0 and t = 1: the chain lands on the point
+            gain = 0.0
+        else:
+            gain = math.sqrt(1 - beta) * v[t - 1] / v[t]
+        sigma2 = {"beta": beta, "zero": 0.0,
+                  "beta_tilde": beta * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])}[variance]
+        V = gain**2 * V + (sigma2 if t > 1 else 0.0)
+        assert abs(code[t - 1] - V) < 1e-9 * max(1, V)
+
+
+@pytest.mark.parametrize("lam, variance, golden", [
+    (1, "beta", 0.999900), (1, "beta_tilde", 0.991067),
+    (0.27, "beta", 0.270757), (0.27, "beta_tilde", 0.265955),
+    (0.01, "beta", 0.010154), (0.01, "beta_tilde", 0.009276),
+    (0, "beta", 0.0), (0, "beta_tilde", 0.0)])
+def test_golden_final_variances(lam, variance, golden):
+    """Final variance of the default schedule for data N(0, lam), to all six digits given."""
+    assert abs(chain_variances(LINEAR, lam, variance)[0] - golden) < 6e-7
+
+
+@given(schedules())
+def test_beta_keeps_standard_normal_data(schedule):
+    """Data N(0, 1), sigma^2 = beta: variance 1 at every t >= 1; the noiseless last step leaves
+    1 - beta_1. [DDPM section 3.2]"""
+    v = chain_variances(schedule, 1.0, "beta")
+    assert all(abs(value - 1) < 1e-10 for value in v[1:])
+    assert abs(v[0] - (1 - schedule.beta[1].item())) < 1e-10
+
+
+@given(schedules(), st.floats(-1, 1))
+def test_beta_tilde_keeps_the_marginals_of_a_point(schedule, c):
+    """Data always c, sigma^2 = beta_tilde, started from q(x_T): x_t has the forward process's mean
+    sqrt(alpha_bar_t) c and variance 1 - alpha_bar_t at every t. [DDPM section 3.2]
+
+    With beta the variance is too large at some t.
+    """
+    T, alpha_bar = schedule.T, schedule.alpha_bar
+    v = chain_variances(schedule, 0.0, "beta_tilde", start=1 - alpha_bar[T].item())
+    mean = alpha_bar[T].sqrt().item() * c
+    for t in range(T, 0, -1):
+        eps = Gaussian(schedule, c, 0.0)(mean * ONE, torch.tensor([t]))
+        mean = p_step(schedule, mean * ONE, t, eps, ZERO, clip=False).item()
+        assert abs(mean - alpha_bar[t - 1].sqrt().item() * c) < 1e-8
+        assert abs(v[t - 1] - (1 - alpha_bar[t - 1].item())) < 1e-9
+    wrong = chain_variances(schedule, 0.0, "beta", start=1 - alpha_bar[T].item())
+    assert wrong[1] > v[1]
+
+
+@given(schedules_and_t(lowest=2), st.floats(0, 1))
+def test_exact_variance_lies_between_beta_tilde_and_beta(drawn, lam):
+    """beta_tilde_t <= v_{t-1} - alpha_t v_{t-1}^2/v_t <= beta_t if 0 <= lam <= 1.
+
+    The middle is the variance of x_{t-1} given x_t for Gaussian data. For lam = 4 it exceeds
+    beta_t: the bracket holds because data have at most unit variance. [DDPM section 3.2]
+    """
+    schedule, t = drawn
+    tilde, beta = (affine(schedule, t, lam, name)[1] ** 2 for name in ("beta_tilde", "beta"))
+
+    def exact(lam):
+        before, now = (schedule.alpha_bar[s].item() * lam + 1 - schedule.alpha_bar[s].item()
+                       for s in (t - 1, t))
+        return before - schedule.alpha[t].item() * before**2 / now
+
+    assert tilde < beta
+    assert tilde - 1e-12 <= exact(lam) <= beta + 1e-12
+    assert exact(4.0) > beta
+
+
+@given(schedules(), st.floats(0.01, 4))
+def test_without_noise_the_spread_collapses(schedule, lam):
+    """sigma = 0: V_0 = V_T alpha_bar_T lam^2 / v_T^2, however small the steps are.
+
+    So V_0 is at most alpha_bar_T lam^2 / (1 - alpha_bar_T)^2: the more noise the forward process
+    ends with, the less is left of the data's spread.
+    """
+    alpha_bar = schedule.alpha_bar[-1].item()
+    law = alpha_bar * lam**2 / (alpha_bar * lam + 1 - alpha_bar) ** 2
+    assert abs(chain_variances(schedule, lam, "zero")[0] / law - 1) < 1e-8
+
+
+@given(schedules_and_t(), SEED, st.booleans())
+def test_last_step_ignores_the_noise(drawn, seed, clip):
+    """A step that ends at t = 0 gives x0_hat, whatever the noise and the variance.
+
+    [DDPM Algorithm 2] With a step from t = 1, or a longer one that ends at 0.
+    """
+    schedule, t = drawn
+    xt, eps_hat = normal(seed, 2, 1, 3, 3), normal(seed + 1, 2, 1, 3, 3)
+    for variance in VARIANCES:
+        results = [p_step(schedule, xt, t, eps_hat, normal(seed + k, 2, 1, 3, 3), 0, variance,
+                          clip) for k in (2, 3)]
+        assert torch.equal(*results)
+        x0_hat = schedule.predict_x0(xt, t, eps_hat)
+        expected = x0_hat.clamp(-1, 1) if clip else x0_hat
+        assert (results[0] - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@given(schedules_and_t(), SEED)
+def test_unclipped_mean_is_the_papers(drawn, seed):
+    """x_{t-1} = (x_t - beta_t/sqrt(1 - alpha_bar_t) eps_hat)/sqrt(alpha_t) + sigma_t z.
+
+    [DDPM Eq. 11] for the mean, [DDPM Algorithm 2] for the step.
+    """
+    schedule, t = drawn
+    xt, eps_hat, z = (normal(seed + k, 2, 1, 3, 3) for k in range(3))
+    beta, alpha_bar = schedule.beta[t].item(), schedule.alpha_bar[t].item()
+    mean = (xt - beta / math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(1 - beta)
+    for variance, sigma2 in (("beta", beta), ("beta_tilde", schedule.beta_tilde[t].item()),
+                             ("zero", 0.0)):
+        expected = mean + (math.sqrt(sigma2) if t > 1 else 0.0) * z
+        got = p_step(schedule, xt, t, eps_hat, z, variance=variance, clip=False)
+        assert (got - expected).abs().max() < 1e-9
+
+
+def test_each_image_steps_from_its_own_t():
+    """p_step with a t for each image equals the images one by one."""
+    t = torch.tensor([1, 2, 500, 1000])
+    xt, eps_hat, z = (normal(k, 4, 1, 3, 3) for k in range(3))
+    for variance in VARIANCES:
+        together = p_step(LINEAR, xt, t, eps_hat, z, variance=variance)
+        for i in range(4):
+            alone = p_step(LINEAR, xt[i:i + 1], int(t[i]), eps_hat[i:i + 1], z[i:i + 1],
+                           variance=variance)
+            assert torch.equal(together[i:i + 1], alone)
+
+
+# --------------------------------------------------------------------- the chain, with real noise
+
+STEEP = NoiseSchedule.from_betas(torch.linspace(0.2, 0.8, 10, dtype=torch.float64),
+                                 allow_signal=True)
+
+
+def last(chain):
+    for t, x, _ in chain:
+        pass
+    assert t == 0
+    return x
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("lam", [0.3, 1.0])
+def test_sampled_moments_equal_the_recursion(lam, variance):
+    """20 images of 28x28 pixels from the real sample(): 15,680 independent values of N(m, V_0).
+
+    mu = 0.4. The chain starts at N(0, 1), so the mean is that of the affine recursion. 5.4 standard
+    errors are a false alarm with probability 7e-8 a number, 8e-7 for all twelve. It would notice a
+    mean wrong by 4.3 % of the spread and a variance wrong by 6 %: no noise in one middle step, or
+    noise in the last one.
+    """
+    mu, count = 0.4, 20 * 28 * 28
+    x = last(sample(Gaussian(STEEP, mu, lam), STEEP, list(range(20)), variance=variance,
+                    clip=False)).double()
+    expected = chain_variances(STEEP, lam, variance)[0]
+    mean = 0.0
+    for t in range(10, 0, -1):
+        a, _ = affine(STEEP, t, lam, variance)
+        # The fixed point of the mean is the forward process's: deviations from it shrink by a.
+        mean = (STEEP.alpha_bar[t - 1].sqrt().item() * mu
+                + a * (mean - STEEP.alpha_bar[t].sqrt().item() * mu))
+    assert abs(x.mean().item() - mean) < 5.4 * math.sqrt(expected / count)
+    assert abs(x.var().item() / expected - 1) < 5.4 * math.sqrt(2 / count)
+
+
+class Finite(torch.nn.Module):
+    """The exact predictor for data that are one of a few points: a softmax over the points."""
+
+    def __init__(self, schedule, points):
+        super().__init__()
+        self.schedule, self.points = schedule, points  # (K, C, H, W)
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, xt, t):
+        alpha_bar = self.schedule.alpha_bar[t[0]].item()
+        distance = (xt[:, None] - math.sqrt(alpha_bar) * self.points).square().sum((2, 3, 4))
+        share = (-distance / (2 * (1 - alpha_bar))).softmax(dim=1)
+        x0_hat = torch.einsum("bk,kchw->bchw", share, self.points)
+        return self.schedule.predict_eps(xt, t, x0_hat)
+
+
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
+def test_chain_lands_on_the_data(variance):
+    """If the data are four images, the chain ends on one of them, and not always on the same."""
+    points = normal(3, 4, 1, 4, 4, dtype=torch.float32).clamp(-1, 1)
+    x = last(sample(Finite(LINEAR, points), LINEAR, list(range(12)), variance=variance,
+                    shape=(1, 4, 4)))
+    distance = (x[:, None] - points).abs().amax(dim=(2, 3, 4))  # (12, 4)
+    assert (distance.min(dim=1).values < 1e-2).all()
+    assert len(set(distance.argmin(dim=1).tolist())) > 1
+
+
+# --------------------------------------------------------------------------------- the generator
+
+@given(schedules(max_T=12), SEED)
+@settings(max_examples=15)
+def test_chain_visits_every_level_once(schedule, seed):
+    """Triples come for t = T, T-1, ..., 0; the network sees T..1, the paper's count."""
+    model = Gaussian(schedule, 0.0, 0.3)
+    chain = list(sample(model, schedule, [seed, seed + 1], shape=(1, 4, 4)))
+    assert [t for t, _, _ in chain] == list(range(schedule.T, -1, -1))
+    assert model.calls == list(range(schedule.T, 0, -1))
+    for t, xt, x0_hat in chain[:-1]:
+        implied = schedule.predict_x0(xt, t, model(xt, torch.tensor([t, t]))).clamp(-1, 1)
+        assert torch.equal(x0_hat, implied)
+    assert torch.equal(chain[-1][1], chain[-1][2])
+    assert len({x.data_ptr() for _, x, _ in chain}) == len(chain)  # tensors are not reused
+    first = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(chain[0][1][0], first)  # the first draw of a seed is x_T
+
+
+@given(st.lists(SEED, min_size=1, max_size=5), st.data())
+@settings(max_examples=15)
+def test_image_depends_on_its_seed_alone(seeds, data):
+    """Image k is the same alone, among others, and in any order: the noise bit for bit."""
+    model = Gaussian(STEEP, 0.1, 0.3)
+    together = last(sample(model, STEEP, seeds, shape=(1, 4, 4)))
+    k = data.draw(st.integers(0, len(seeds) - 1))
+    assert torch.equal(together[k], last(sample(model, STEEP, [seeds[k]], shape=(1, 4, 4)))[0])
+    backwards = last(sample(model, STEEP, seeds[::-1], shape=(1, 4, 4)))
+    assert torch.equal(together, backwards.flip(0))
+
+
+def test_real_network_draws_the_same_image_in_any_batch(tiny_run):
+    """With the real network in float32, batch 1 and batch 5 agree within one grey level."""
+    checkpoint = script.load_checkpoint(tiny_run / "model.pt")
+    together = last(sample(checkpoint.model, checkpoint.schedule, [3, 1, 4, 15, 9]))
+    for k, seed in enumerate([3, 1, 4, 15, 9]):
+        alone = last(sample(checkpoint.model, checkpoint.schedule, [seed]))
+        grey = (to_uint8(together[k]).int() - to_uint8(alone[0]).int()).abs()
+        assert grey.max() <= 1
+
+
+def test_chain_can_start_in_the_middle():
+    """From its own x_T the chain is as if nothing were given; from (t, x_t) it goes t, ..., 0."""
+    model = Gaussian(STEEP, 0.0, 0.3)
+    plain = list(sample(model, STEEP, [1, 2], shape=(1, 4, 4)))
+    again = list(sample(model, STEEP, [1, 2], start=(10, plain[0][1]), shape=(1, 4, 4)))
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(plain, again))
+    middle = list(sample(model, STEEP, [5, 6], start=(4, plain[6][1]), shape=(1, 4, 4)))
+    assert [t for t, _, _ in middle] == [4, 3, 2, 1, 0]
+    assert torch.equal(middle[0][1], plain[6][1])
+    assert not torch.equal(middle[1][1], plain[7][1])  # other seeds, other noise
+
+
+class Dropping(Gaussian):
+    """A predictor with dropout, which must rest while sampling."""
+
+    def forward(self, xt, t):
+        return torch.nn.functional.dropout(super().forward(xt, t), 0.5, self.training)
+
+
+def test_sampling_is_in_eval_mode_without_gradients_and_leaves_the_mode():
+    """Dropout rests; no graph is kept; a network in training mode is in it again at each yield."""
+    model = Dropping(STEEP, 0.0, 0.3).train()
+    quiet = last(sample(Gaussian(STEEP, 0.0, 0.3), STEEP, [1], shape=(1, 4, 4)))
+    for _, x, _ in sample(model, STEEP, [1], shape=(1, 4, 4)):
+        assert model.training and not x.requires_grad
+    assert torch.equal(x, quiet)
+    assert torch.is_grad_enabled()
+
+
+# ---------------------------------------------------------------------------- clipping, few steps
+
+class Wild(Gaussian):
+    """A useless predictor: fifty times too loud."""
+
+    def forward(self, xt, t):
+        return 50 * torch.sin(40 * xt + t.reshape(-1, 1, 1, 1))
+
+
+def test_clipping_bounds_a_wild_network():
+    """Clipped, x0_hat and the result stay in [-1, 1] whatever the network says; unclipped, not."""
+    for _, _, x0_hat in sample(Wild(STEEP, 0, 1), STEEP, [1, 2], shape=(1, 4, 4)):
+        assert x0_hat.abs().max() <= 1
+    free = last(sample(Wild(STEEP, 0, 1), STEEP, [1, 2], shape=(1, 4, 4), clip=False))
+    assert free.abs().max() > 10
+
+
+@given(schedules_and_t(), SEED)
+def test_clipping_changes_nothing_inside_the_range(drawn, seed):
+    """Where the predicted image is in [-1, 1], clipped and unclipped steps agree bit for bit."""
+    schedule, t = drawn
+    x0 = normal(seed, 2, 1, 3, 3).clamp(-0.9, 0.9)
+    eps, z = normal(seed + 1, 2, 1, 3, 3), normal(seed + 2, 2, 1, 3, 3)
+    xt = schedule.q_sample(x0, t, eps)
+    assert torch.equal(p_step(schedule, xt, t, eps, z, clip=True),
+                       p_step(schedule, xt, t, eps, z, clip=False))
+
+
+@given(st.integers(1, 1500), st.data())
+def test_fewer_steps_run_from_T_to_0(T, data):
+    """steps + 1 levels, strictly falling, T first and 0 last; all of T..0 by default."""
+    steps = data.draw(st.integers(1, T))
+    levels = timesteps(T, steps)
+    assert levels[0] == T and levels[-1] == 0 and len(levels) == steps + 1
+    assert all(a > b for a, b in zip(levels, levels[1:]))
+    assert timesteps(T) == list(range(T, -1, -1))
+
+
+@given(schedules(), st.data())
+def test_long_steps_are_steps_of_the_respaced_schedule(schedule, data):
+    """A step from t to s is the single step of the schedule whose alpha_bar are alpha_bar_t's.
+
+    Respacing to levels tau gives beta'_i = 1 - alpha_bar_{tau_i}/alpha_bar_{tau_{i-1}}.
+    """
+    levels = timesteps(schedule.T, data.draw(st.integers(2, schedule.T)))[::-1]
+    respaced = NoiseSchedule.from_betas(
+        [1 - (schedule.alpha_bar[t] / schedule.alpha_bar[s]).item()
+         for s, t in zip(levels, levels[1:])], allow_signal=True)
+    i = data.draw(st.integers(1, len(levels) - 1))
+    xt, eps_hat, z = (normal(k, 1, 1, 3, 3) for k in range(3))
+    for variance in VARIANCES:
+        long = p_step(schedule, xt, levels[i], eps_hat, z, levels[i - 1], variance)
+        short = p_step(respaced, xt, i, eps_hat, z, variance=variance)
+        assert (long - short).abs().max() < 1e-8
+
+
+# ------------------------------------------------------------------------- refusals, command line
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: p_step(LINEAR, ONE, 5, ONE, ONE, variance="large"), "known are beta_tilde, beta"),
+    (lambda: p_step(LINEAR, ONE, 0, ONE, ONE), "t must lie in 1..1000"),
+    (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], sampler="euler")), "known is ddpm"),
+    (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [])), "no seeds"),
+    (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], steps=11)), "between 1 and 10"),
+    (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], start=(11, ONE))), "t in 1..10"),
+    (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0, 1], start=(5, ONE))), "one image for each"),
+])
+def test_impossible_arguments_are_errors(call, message):
+    """Unknown names list the known ones; numbers out of range say the range."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_seeds_are_numbers_and_ranges():
+    """'0-3,7' is 0, 1, 2, 3, 7; anything else is refused."""
+    import argparse
+    assert parse_seeds("0-3,7") == [0, 1, 2, 3, 7] and parse_seeds("5") == [5]
+    for text in ("", "a", "1-", "-3", "3-1", "5,3-1", "1.5", "1,,2", str(2**63), "0x1"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse_seeds(text)
+
+
+def test_command_writes_a_picture(tiny_run, tmp_path, capsys):
+    """python sample.py writes a grid, eight images to a row, and says where."""
+    from matplotlib.image import imread
+    out = tmp_path / "new" / "digits.png"
+    script.main(["--checkpoint", str(tiny_run / "model.pt"), "--seeds", "0-9", "--out", str(out),
+                 "--device", "cpu"])
+    assert str(out) in capsys.readouterr().out.splitlines()[-1]
+    picture = imread(out)
+    assert picture.shape[:2] == (4 * (2 * 29 + 1), 4 * (8 * 29 + 1))
+    # The first image of the grid is the image of seed 0, each pixel four by four.
+    checkpoint = script.load_checkpoint(tiny_run / "model.pt")
+    image = to_uint8(last(sample(checkpoint.model, checkpoint.schedule, [0])))[0, 0].float()
+    tile = torch.from_numpy(picture[4:4 + 112:4, 4:4 + 112:4].copy()).float() * 255
+    assert (tile - image).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("argv, status", [
+    (["--seeds", "x"], 2), (["--variance", "huge"], 2), (["--steps", "0"], 1),
+    (["--device", "abacus"], 1), (["--checkpoint", "missing.pt"], 1)])
+def test_wrong_options_exit_with_one_line(argv, status, tiny_run, tmp_path, capsys):
+    """Exit status 2 for usage, 1 for the rest, and no picture."""
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["--checkpoint", str(tiny_run / "model.pt"), "--out",
+                     str(tmp_path / "a.png"), *argv])
+    assert exit_.value.code == 2 if status == 2 else str(exit_.value).count("\n") == 0
+    assert not (tmp_path / "a.png").exists()

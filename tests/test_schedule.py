@@ -1,0 +1,352 @@
+"""The laws of the forward process and of its exact reversal.
+
+Read this beside schedule.py: each test states one law in words and symbols and checks it against
+something that is not the code under test: a plain loop, an integral, or an identity.
+
+Tolerances. All is float64, with a relative rounding error u = 2.2e-16 per operation. A product of
+T factors is off by at most about T u, and 1 - alpha_bar, which is at least beta_1 >= 1e-5, by
+u / 1e-5 = 2.2e-11 relative. Recovering x_0 divides by sqrt(alpha_bar) >= 1e-4 and magnifies by as
+much. Each bound below is such an estimate with a factor of about ten in hand.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import schedule as script
+from schedule import NoiseSchedule
+from strategies import SEED, normal, schedules, schedules_and_t
+
+SHIPPED = [NoiseSchedule(), NoiseSchedule(kind="cosine")]
+ONE, ZERO = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1,
+                                                                     dtype=torch.float64)
+
+
+def close(a, b, tolerance: float) -> None:
+    """|a - b| <= tolerance * max(1, |b|), element by element; no signs that could cancel."""
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    worst = ((a - b).abs() / b.abs().clamp(min=1)).max().item()
+    assert worst <= tolerance, f"off by {worst:.3g}, allowed {tolerance:.3g}"
+
+
+# ----------------------------------------------------------------- the convention and the arrays
+
+def test_index_is_the_subscript_of_the_papers():
+    """beta[0] = 0, alpha_bar[0] = 1; beta[1] and beta[T] are the given ends; lengths are T+1."""
+    schedule = NoiseSchedule(T=1000, beta_start=1e-4, beta_end=0.02)
+    assert schedule.T == 1000
+    for array in (schedule.beta, schedule.alpha, schedule.alpha_bar, schedule.beta_tilde):
+        assert array.shape == (1001,) and array.dtype == torch.float64
+    assert schedule.beta[0] == 0 and schedule.alpha_bar[0] == 1 and schedule.beta_tilde[0] == 0
+    assert schedule.beta[1] == 1e-4 and schedule.beta[1000] == 0.02
+    from_list = NoiseSchedule.from_betas([0.3, 0.9, 0.999])
+    assert from_list.beta.tolist() == [0, 0.3, 0.9, 0.999]
+
+
+def test_golden_end_of_the_default_schedule():
+    """alpha_bar_1000 = 4.035829765e-5, computed elsewhere with 50 digits by the product."""
+    product = math.exp(math.fsum(math.log1p(-(1e-4 + (0.02 - 1e-4) * i / 999))
+                                 for i in range(1000)))
+    assert abs(product - 4.035829765e-5) < 1e-14
+    assert abs(SHIPPED[0].alpha_bar[1000].item() / product - 1) < 1e-12
+
+
+@given(schedules())
+def test_alpha_bar_is_the_product(schedule):
+    """alpha_bar_t = (1 - beta_1) ... (1 - beta_t), by a plain loop; strictly falling in (0, 1]."""
+    product = 1.0
+    for t in range(1, schedule.T + 1):
+        product *= 1 - schedule.beta[t].item()
+        assert abs(schedule.alpha_bar[t].item() / product - 1) < 1e-13
+        assert schedule.alpha_bar[t] < schedule.alpha_bar[t - 1]
+
+
+def test_cosine_follows_the_squared_cosine():
+    """alpha_bar_t = f(t)/f(0), f(t) = cos^2(...), wherever beta is below its cap. [IDDPM Eq. 17]"""
+    cosine = SHIPPED[1]
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    for t in range(1, 1001):
+        if cosine.beta[t] < 0.999:
+            assert abs(cosine.alpha_bar[t].item() - f[t] / f[0]) < 1e-12
+    assert cosine.beta.max() == 0.999 and (cosine.beta == 0.999).sum() == 1
+
+
+# ------------------------------------------------- closed form against iterated noising, exactly
+
+def iterated(schedule: NoiseSchedule) -> list[tuple[float, float]]:
+    """(mean, variance) of x_t for x_0 = 1, t = 0..T, by composing single steps.
+
+    q_step is affine in the image and in the noise. Feeding it (1, 0) and (0, 1) reads off the two
+    factors; the moments then follow from x_t = g x_{t-1} + s eps: m -> g m, v -> g^2 v + s^2.
+    """
+    moments = [(1.0, 0.0)]
+    for t in range(1, schedule.T + 1):
+        g, s = schedule.q_step(ONE, t, ZERO).item(), schedule.q_step(ZERO, t, ONE).item()
+        mean, variance = moments[-1]
+        moments.append((g * mean, g * g * variance + s * s))
+    return moments
+
+
+def compare_all_t(schedule: NoiseSchedule) -> None:
+    for t, (mean, variance) in enumerate(iterated(schedule)):
+        close(schedule.q_sample(ONE, t, ZERO).item() / mean, 1, 1e-14 * schedule.T + 1e-13)
+        close(schedule.q_sample(ZERO, t, ONE).item() ** 2, variance, 1e-14 * schedule.T + 1e-13)
+
+
+@given(schedules())
+def test_closed_form_equals_iterated_noising(schedule):
+    """t single steps have the mean and variance of the closed form, at every t. [DDPM Eq. 2, 4]
+
+    Mean sqrt(alpha_bar_t) x_0, variance 1 - alpha_bar_t. [DDPM Eq. 4]
+    """
+    compare_all_t(schedule)
+
+
+@pytest.mark.parametrize("schedule", SHIPPED, ids=["linear", "cosine"])
+def test_closed_form_equals_iterated_noising_on_shipped_schedules(schedule):
+    """The same law for both schedules at T = 1000. [DDPM Eq. 2] [DDPM Eq. 4]"""
+    compare_all_t(schedule)
+
+
+@settings(max_examples=10)
+@given(schedules(), st.floats(-1, 1), SEED)
+def test_closed_form_equals_iterated_noising_by_monte_carlo(schedule, x0, seed):
+    """40,000 random chains end with the mean and variance of the closed form. [DDPM Eq. 4]
+
+    The standard error of the mean is sigma/sqrt(N), of the variance sigma^2 sqrt(2/N). Allowing
+    5.5 of them gives a false alarm with probability 4e-8 per number, below 1e-6 for the 20 numbers
+    of all examples. It would notice a mean wrong by 3 % of sigma and a variance wrong by 4 %.
+    """
+    count = 40_000
+    x = torch.full((count, 1, 1, 1), x0, dtype=torch.float64)
+    for t in range(1, schedule.T + 1):
+        x = schedule.q_step(x, t, normal(seed + t, count, 1, 1, 1))
+    mean, variance = schedule.alpha_bar[-1].sqrt().item() * x0, 1 - schedule.alpha_bar[-1].item()
+    assert abs(x.mean().item() - mean) < 5.5 * math.sqrt(variance / count)
+    assert abs(x.var().item() / variance - 1) < 5.5 * math.sqrt(2 / count)
+
+
+@given(schedules(), st.data())
+def test_any_two_jumps_compose(schedule, data):
+    """From 0 to s, then from s to t, is from 0 to t, for any s < t.
+
+    The jump from s to t has beta = step_beta(t, s): variance (1 - beta)(1 - alpha_bar_s) + beta.
+    """
+    t = data.draw(st.integers(1, schedule.T))
+    s = data.draw(st.integers(0, t - 1))
+    beta = schedule.step_beta(t, s).item()
+    close((1 - beta) * schedule.alpha_bar[s].item(), schedule.alpha_bar[t].item(), 1e-15)
+    close((1 - beta) * (1 - schedule.alpha_bar[s].item()) + beta,
+          1 - schedule.alpha_bar[t].item(), 1e-15)
+    close(schedule.step_beta(t).item(), schedule.beta[t].item(), 1e-15)
+
+
+def test_noise_level_zero_is_the_image():
+    """x_0 comes back untouched from q_sample at t = 0 and from predict_x0 at t = 0."""
+    x0, eps = normal(0, 3, 1, 4, 4), normal(1, 3, 1, 4, 4)
+    assert torch.equal(SHIPPED[0].q_sample(x0, 0, eps), x0)
+    assert torch.equal(SHIPPED[0].predict_x0(x0, 0, eps), x0)
+
+
+# ------------------------------------------------------------------------ the exact step back
+
+def posterior_weights(schedule: NoiseSchedule, t: int, t_prev: int | None = None):
+    """The factors of x_0 and x_t in the posterior mean, and the variance, read off the code."""
+    c0, variance = schedule.q_posterior(ONE, ZERO, t, t_prev)
+    ct, _ = schedule.q_posterior(ZERO, ONE, t, t_prev)
+    return c0.item(), ct.item(), variance.item()
+
+
+@given(schedules_and_t(), st.data())
+def test_posterior_leads_back_into_the_forward_process(drawn, data):
+    """Noise to t, then one exact step back to s, is as noising to s. [DDPM Eq. 7]
+
+    Mean: c_0 + c_t sqrt(alpha_bar_t) = sqrt(alpha_bar_s). Variance: c_t^2 (1 - alpha_bar_t) +
+    variance = 1 - alpha_bar_s. For s = t-1 and for any smaller s.
+    """
+    schedule, t = drawn
+    for s in (None, data.draw(st.integers(0, t - 1))):
+        c0, ct, variance = posterior_weights(schedule, t, s)
+        alpha_bar, before = schedule.alpha_bar[t], schedule.alpha_bar[t - 1 if s is None else s]
+        close(c0 + ct * alpha_bar.sqrt(), before.sqrt(), 1e-10)
+        close(ct**2 * (1 - alpha_bar) + variance, 1 - before, 1e-10)
+
+
+@given(schedules_and_t(), SEED)
+def test_both_forms_of_the_posterior_mean_agree(drawn, seed):
+    """c_0 x_0 + c_t x_t = (x_t - beta_t/sqrt(1-alpha_bar_t) eps)/sqrt(alpha_t). [DDPM Eq. 11]
+
+    For any x_t and eps, with the x_0 that they imply; x_0 is up to 1/sqrt(alpha_bar_t) large.
+    """
+    schedule, t = drawn
+    xt, eps = normal(seed, 2, 1, 3, 3), normal(seed + 1, 2, 1, 3, 3)
+    mean, _ = schedule.q_posterior(schedule.predict_x0(xt, t, eps), xt, t)
+    beta, alpha_bar = schedule.beta[t].item(), schedule.alpha_bar[t].item()
+    by_noise = (xt - beta / math.sqrt(1 - alpha_bar) * eps) / math.sqrt(1 - beta)
+    close(mean, by_noise, 1e-9)
+
+
+@settings(max_examples=20)
+@given(schedules_and_t(lowest=2), st.floats(-1, 1), st.floats(-2, 2))
+def test_posterior_is_bayes_rule(drawn, x0, xt):
+    """q(x_{t-1} | x_t, x_0) is q(x_t | x_{t-1}) q(x_{t-1} | x_0), normalised. [DDPM Eq. 6]
+
+    Checked by brute force: the product of the two densities on a fine grid, its mean and variance
+    by summation. On a grid of +-12 standard deviations with 60 points in each, sums of Gaussians
+    are exact to rounding.
+    """
+    schedule, t = drawn
+    beta, before = schedule.beta[t].item(), schedule.alpha_bar[t - 1].item()
+    # Centre and width of the grid from the two factors alone: the product is narrower than each.
+    a, va = xt / math.sqrt(1 - beta), beta / (1 - beta)
+    b, vb = math.sqrt(before) * x0, 1 - before
+    width = math.sqrt(min(va, vb))
+    middle = a if va < vb else b
+    reach = abs(a - b) + 12 * width
+    y = torch.linspace(middle - reach, middle + reach, 1 + int(60 * 2 * reach / (width / 2)),
+                       dtype=torch.float64)
+    log = -(xt - math.sqrt(1 - beta) * y) ** 2 / (2 * beta) - (y - b) ** 2 / (2 * vb)
+    weight = (log - log.max()).exp()
+    mean = (weight * y).sum() / weight.sum()
+    variance = (weight * (y - mean) ** 2).sum() / weight.sum()
+    code_mean, code_variance = schedule.q_posterior(x0 * ONE, xt * ONE, t)
+    close(code_mean.item(), mean, 1e-8)
+    close(code_variance.item() / variance, 1, 1e-8)
+    close(code_variance.item() / schedule.beta_tilde[t].item(), 1, 1e-10)
+
+
+@given(schedules())
+def test_posterior_variance_lies_between_zero_and_beta(schedule):
+    """beta_tilde_1 = 0 and the mean at t = 1 is x_0; 0 < beta_tilde_t < beta_t for t > 1.
+
+    [DDPM Eq. 7]
+    """
+    assert schedule.beta_tilde[1] == 0
+    c0, ct, variance = posterior_weights(schedule, 1)
+    assert (c0, ct, variance) == (1, 0, 0)
+    assert (schedule.beta_tilde[2:] > 0).all()
+    assert (schedule.beta_tilde[1:] < schedule.beta[1:]).all()
+
+
+def test_golden_ratio_of_the_two_variances():
+    """beta/beta_tilde of the default schedule at t = 2, 10, 100, 1000, computed elsewhere."""
+    ratio = SHIPPED[0].beta / SHIPPED[0].beta_tilde
+    for t, golden in ((2, 2.1991), (10, 1.1725), (100, 1.0184), (1000, 1.0000008)):
+        assert abs(ratio[t].item() / golden - 1) < 5e-5
+
+
+# ------------------------------------------------------------------- image, noise, and their ratio
+
+@given(schedules_and_t(), SEED)
+def test_image_and_noise_convert_into_each_other(drawn, seed):
+    """x_0 -> x_t -> x_0 and eps -> x_t -> eps are identities. [DDPM Eq. 4]
+
+    The first divides by sqrt(alpha_bar_t) >= 1e-4, the second by sqrt(1 - alpha_bar_t) >= 3e-3.
+    """
+    schedule, t = drawn
+    x0, eps = normal(seed, 2, 1, 3, 3), normal(seed + 1, 2, 1, 3, 3)
+    xt = schedule.q_sample(x0, t, eps)
+    close(schedule.predict_x0(xt, t, eps), x0, 1e-14 / schedule.alpha_bar[t].sqrt().item())
+    close(schedule.predict_eps(xt, t, x0), eps, 1e-12)
+
+
+@given(schedules())
+def test_signal_to_noise_ratio_falls(schedule):
+    """SNR_t = alpha_bar_t/(1 - alpha_bar_t), infinite at 0 and strictly falling. [VDM Eq. 2]
+
+    The weight of step t in the bound, beta_t^2/(2 beta_tilde_t alpha_t (1 - alpha_bar_t)), is
+    (SNR_{t-1}/SNR_t - 1)/2. [DDPM Eq. 12]
+    """
+    snr = schedule.snr(torch.arange(schedule.T + 1))
+    assert snr[0] == math.inf and (snr[1:] < snr[:-1]).all()
+    close(schedule.snr(schedule.T).item() * (1 - schedule.alpha_bar[-1].item()),
+          schedule.alpha_bar[-1].item(), 1e-15)
+    for t in range(2, schedule.T + 1):
+        weight = schedule.beta[t]**2 / (2 * schedule.beta_tilde[t] * schedule.alpha[t]
+                                        * (1 - schedule.alpha_bar[t]))
+        close(weight, (snr[t - 1] / snr[t] - 1) / 2, 1e-9)
+
+
+# ---------------------------------------------------------------------------- shapes and refusals
+
+@given(st.integers(1, 5), SEED)
+def test_each_image_has_its_own_t(batch, seed):
+    """A batch with a t for each image equals the images one by one, in float32 and float64."""
+    schedule = SHIPPED[0]
+    t = torch.randint(1, 1001, (batch,), generator=torch.Generator().manual_seed(seed))
+    for dtype in (torch.float32, torch.float64):
+        x, eps = (normal(seed + i, batch, 1, batch, batch, dtype=dtype) for i in (0, 1))
+        for method in (schedule.q_step, schedule.q_sample, schedule.predict_x0,
+                       schedule.predict_eps):
+            together = method(x, t, eps)
+            assert together.dtype == dtype and together.shape == x.shape
+            for i in range(batch):
+                assert torch.equal(together[i:i + 1], method(x[i:i + 1], int(t[i]), eps[i:i + 1]))
+        mean, variance = schedule.q_posterior(x, eps, t)
+        assert mean.shape == x.shape and variance.shape == (batch, 1, 1, 1)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: NoiseSchedule(T=1), "at least 2 steps"),
+    (lambda: NoiseSchedule(T=-5), "at least 2 steps"),
+    (lambda: NoiseSchedule(kind="quadratic"), "known are 'linear' and 'cosine'"),
+    (lambda: NoiseSchedule(beta_end=1.0), "between 0 and 1"),
+    (lambda: NoiseSchedule(beta_start=0.0), "between 0 and 1"),
+    (lambda: NoiseSchedule(beta_start=math.nan), "between 0 and 1"),
+    (lambda: NoiseSchedule.from_betas([0.5, 1e-17]), "between 0 and 1"),
+    (lambda: NoiseSchedule.from_betas([0.9999]), "at least 2 steps"),
+    (lambda: NoiseSchedule.from_betas([[0.9, 0.99]]), "plain list"),
+    (lambda: NoiseSchedule.from_betas([1 - 1e-12] * 40), "too small for float64"),
+    (lambda: NoiseSchedule(T=200), "36.4% of the image is left"),
+])
+def test_schedules_that_cannot_work_are_refused(make, message):
+    """Each refusal is one line that says what is wrong and what to do."""
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_advice_on_leftover_signal_works():
+    """Following the advice makes the schedule acceptable; allow_signal accepts it as it is."""
+    assert NoiseSchedule(T=200, allow_signal=True).alpha_bar[-1].sqrt() > 0.3
+    NoiseSchedule(T=200, beta_start=4e-4, beta_end=0.08)  # "multiply the betas by about 3.9"
+    NoiseSchedule(T=800)
+    NoiseSchedule(T=200, kind="cosine")
+
+
+def test_impossible_arguments_are_errors():
+    """No t wraps around, no noise is sought in a clean image, no image of bytes is used."""
+    schedule, x = SHIPPED[0], normal(0, 2, 1, 4, 4)
+    for t in (-1, 1001, torch.tensor([1, 1001])):
+        for method in (schedule.q_step, schedule.q_sample, schedule.predict_x0,
+                       schedule.predict_eps, schedule.q_posterior):
+            with pytest.raises(ValueError, match="t must lie in"):
+                method(x, x, t) if method == schedule.q_posterior else method(x, t, x)
+        with pytest.raises(ValueError, match="t must lie in"):
+            schedule.snr(t)
+    for method in (schedule.q_step, schedule.predict_eps):
+        with pytest.raises(ValueError, match="t must lie in 1..1000"):
+            method(x, 0, x)
+    with pytest.raises(ValueError, match="t_prev must be below t"):
+        schedule.q_posterior(x, x, 5, 5)
+    with pytest.raises(ValueError, match="3 values of t for a batch of 2"):
+        schedule.q_sample(x, torch.tensor([1, 2, 3]), x)
+    with pytest.raises(TypeError, match="floating point"):
+        schedule.q_sample(x.to(torch.uint8), 1, x)
+    for t in (0.5, torch.tensor([1.0, 2.0]), True):
+        with pytest.raises(TypeError, match="ints"):
+            schedule.q_sample(x, t, x)
+
+
+def test_script_prints_table_and_comparison(capsys):
+    """python schedule.py shows t = 0, 1 and T, and refuses a T that leaves the image visible."""
+    script.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["0", "0.000000", "1"] and "inf" in lines[1]
+    assert lines[12].split()[:3] == ["1000", "0.020000", "4.036e-05"]
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["--T", "100"])
+    assert exit_.value.code == 2

@@ -1,0 +1,380 @@
+"""The laws of training: what a step sees, what is measured, and that a stopped run loses nothing."""
+
+import math
+import pickle
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train as script
+from schedule import NoiseSchedule
+from strategies import SEED, pictures, write_mnist
+from train import (
+    BLOG_LOSS, Config, draw_t, evaluate, from_uint8, learning_rate, load_checkpoint, load_images,
+    save, to_uint8, update_average)
+
+
+def small(out, **changes) -> Config:
+    """A run of a few seconds on 8x8 pictures; the network takes any size in fours."""
+    return Config(**{**dict(epochs=3, batch_size=8, lr=1e-3, out=str(out)), **changes})
+
+
+IMAGES = pictures(32, size=8), pictures(24, size=8, seed=1)
+
+
+# ------------------------------------------------------------------------------------- the digits
+
+def test_bytes_and_floats_convert_into_each_other():
+    """to_uint8(from_uint8(k)) = k for all 256 bytes; 0 is exactly -1 and 255 exactly +1."""
+    k = torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1)
+    x = from_uint8(k)
+    assert torch.equal(to_uint8(x), k)
+    assert x[0] == -1 and x[255] == 1 and x.dtype == torch.float32
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=2))
+def test_to_uint8_rises_and_saturates(pair):
+    """a <= b implies to_uint8(a) <= to_uint8(b); beyond [-1, 1] it stays at 0 and 255."""
+    low, high = to_uint8(torch.tensor(sorted(pair))).tolist()
+    assert low <= high
+    assert low == 0 or min(pair) > -1
+    assert high == 255 or max(pair) < 1
+
+
+def test_images_are_read_as_they_are(tmp_path):
+    """What was written in MNIST's format is what load_images returns, byte by byte."""
+    images, labels = pictures(5), torch.tensor([3, 1, 4, 1, 5])
+    write_mnist(tmp_path, images, labels)
+    for train in (True, False):
+        got, got_labels = load_images(tmp_path, train)
+        assert torch.equal(got, images) and torch.equal(got_labels, labels)
+        assert got.dtype == torch.uint8
+
+
+def no_network(monkeypatch) -> None:
+    def refuse(self):
+        raise OSError("no route to host")
+    monkeypatch.setattr(script.MNIST, "download", refuse)
+
+
+def test_missing_mnist_is_one_line_of_advice(tmp_path, monkeypatch):
+    """Without files and network the error names the four files, where to get and to put them."""
+    no_network(monkeypatch)
+    with pytest.raises(RuntimeError) as error:
+        load_images(tmp_path)
+    text = str(error.value)
+    assert "\n" not in text and "no route to host" in text and str(tmp_path) in text
+    for part in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "https://", "--data"):
+        assert part in text
+
+
+def test_truncated_mnist_is_one_line(tmp_path, monkeypatch):
+    """A file that was cut off is an error, not a shorter data set."""
+    no_network(monkeypatch)
+    write_mnist(tmp_path, pictures(5), torch.arange(5))
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RuntimeError) as error:
+        load_images(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------- the parts of a step
+
+@given(st.integers(1, 300), st.integers(2, 2000), SEED)
+def test_draws_of_t_have_one_in_each_stratum(count, T, seed):
+    """Sorted, the k-th draw lies in the k-th of `count` equal parts of 1..T."""
+    t = draw_t(count, T, torch.Generator().manual_seed(seed)).sort().values
+    assert t.dtype == torch.int64 and t.min() >= 1 and t.max() <= T
+    for k in range(count):
+        # u T with u in [k/count, (k+1)/count) has integer part floor(k T/count) .. ceil(...) - 1.
+        assert k * T // count + 1 <= t[k] <= -(-(k + 1) * T // count)
+
+
+def test_draws_of_t_are_uniform_for_every_image():
+    """The t of one place in the batch is uniform on 1..T: chi-square over 50 bins, 20,000 batches.
+
+    With 49 degrees of freedom a value above 120 has probability 6e-8; two places make 1e-7. It
+    notices a bin that is 15 % too full. The first and the last t must occur at all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([draw_t(8, 100, generator) for _ in range(20_000)])
+    for place in (0, 7):
+        counts = torch.bincount((draws[:, place] - 1) // 2, minlength=50).double()
+        assert ((counts - 400) ** 2 / 400).sum() < 120
+    assert set(draws.flatten().tolist()) == set(range(1, 101))
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_learning_rate_rises_then_falls(steps, warmup):
+    """It is positive, at most lr, reaches lr at the end of the rise, and ends near 0."""
+    config = Config(lr=0.5, warmup=warmup)
+    rates = [learning_rate(i, steps, config) for i in range(steps)]
+    assert all(0 < rate <= 0.5 for rate in rates)
+    top = rates.index(max(rates))
+    assert abs(rates[top] - 0.5) < 1e-12
+    assert all(a < b for a, b in zip(rates[:top], rates[1:top + 1]))
+    # After the step of the peak, which may come twice, the rate only falls.
+    assert all(a > b for a, b in zip(rates[top + 1:], rates[top + 2:]))
+    if warmup < 0.5 and steps >= 100:
+        assert rates[-1] < 0.005
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=40), st.floats(0, 0.9999))
+def test_average_equals_its_closed_form(weights, decay):
+    """mean_n = sum_i w_i (1 - d_i) d_{i+1} ... d_n + start d_0 ... d_n, d_i = min(d, (1+i)/(10+i)).
+
+    So the shares of all weights and the start sum to 1, and a constant is a fixed point.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model, average = (torch.nn.Linear(1, 1, bias=False).double() for _ in range(2))
+    start = 0.25
+    torch.nn.init.constant_(average.weight, start)
+    expected, shares = start, [1.0]
+    for step, weight in enumerate(weights):
+        torch.nn.init.constant_(model.weight, weight)
+        update_average(average, model, step, decay)
+        d = min(decay, (1 + step) / (10 + step))
+        shares = [share * d for share in shares] + [1 - d]
+        expected = sum(share * w for share, w in zip(shares, [start, *weights]))
+        assert abs(average.weight.item() - expected) < 1e-12
+    assert abs(sum(shares) - 1) < 1e-12
+    torch.nn.init.constant_(model.weight, expected)
+    update_average(average, model, len(weights), decay)
+    assert abs(average.weight.item() - expected) < 1e-12
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+class Guess(torch.nn.Module):
+    """A stand-in for the network: half of x_t, plus t/1000; remembers the t it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.5))
+        self.seen = []
+
+    def forward(self, xt, t):
+        assert not self.training
+        self.seen += t.tolist()
+        return self.weight * xt + t.reshape(-1, 1, 1, 1) / 1000
+
+
+@pytest.mark.parametrize("batch_size", [7, 500])
+def test_evaluate_equals_a_plain_loop(batch_size):
+    """Image i at t = 1 + i mod T, eps one randn from a generator seeded 0. [DDPM Eq. 14]"""
+    schedule, images = NoiseSchedule(50, "cosine"), pictures(60, size=8)
+    model = Guess().train()
+    loss = evaluate(model, schedule, images, batch_size)
+
+    eps = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    total = 0.0
+    for i in range(60):
+        t = 1 + i % 50
+        alpha_bar = math.prod(1 - b for b in schedule.beta[1:t + 1].tolist())
+        x0 = images[i].double() / 127.5 - 1
+        xt = math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps[i]
+        total += (eps[i] - (xt / 2 + t / 1000)).square().mean().item() / 60
+    assert abs(loss - total) < 1e-6
+    assert model.seen == [1 + i % 50 for i in range(60)]
+    assert model.training  # left as it was found
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+def test_loss_falls(tmp_path):
+    """200 steps on generated pictures bring the held-out loss well below 0.3.
+
+    The loss starts at 1. The best rescaling of x_t alone cannot get below 0.27 on MNIST, and these
+    pictures are no easier for it.
+    """
+    history = script.train(small(tmp_path, epochs=25, batch_size=32, lr=2e-3),
+                           images=(pictures(256, 8), IMAGES[1]))
+    assert abs(history["step_loss"][0] - 1) < 0.1
+    assert history["held_out"][-1] < 0.3 and history["loss"][-1] < 0.3
+    assert len(history["step_loss"]) == 200 and len(history["seconds"]) == 25
+
+
+def test_resumed_run_equals_unbroken_run_bit_for_bit(tmp_path, monkeypatch):
+    """Stopped in epoch 2 and resumed: weights, average, Adam, generator, history are the same."""
+    whole = script.train(small(tmp_path / "whole"), images=IMAGES)
+
+    class Stop(Exception):
+        pass
+
+    def stop_in_second_epoch(average, model, step, decay):
+        if step == 6:
+            raise Stop
+        update_average(average, model, step, decay)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(script, "update_average", stop_in_second_epoch)
+        script.train(small(tmp_path / "parts"), images=IMAGES)
+    parts = script.train(small(tmp_path / "parts"), resume=True, images=IMAGES)
+
+    for name in ("loss", "held_out", "step_loss"):
+        assert whole[name] == parts[name]
+    a, b = (script.read(tmp_path / run / "last.pt") for run in ("whole", "parts"))
+    for name in ("weights", "average"):
+        assert all(torch.equal(a[name][k], b[name][k]) for k in a[name])
+    for i, state in a["adam"]["state"].items():
+        assert all(torch.equal(state[k], b["adam"]["state"][i][k]) for k in state)
+    assert torch.equal(a["generator"], b["generator"])
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path):
+    """A run is decided by its configuration."""
+    runs = [script.train(small(tmp_path / str(i), epochs=1, seed=seed), images=IMAGES)["step_loss"]
+            for i, seed in enumerate((5, 5, 6))]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_validation_images_are_kept_out_of_training(tmp_path, monkeypatch):
+    """val_images=N evaluates on the last N training images and trains on none of them."""
+    train_images = pictures(32, 8)
+    train_images[-8:] = 255  # white squares, seen nowhere else
+    seen = []
+    monkeypatch.setattr(script, "from_uint8", lambda x: seen.append(x.clone()) or from_uint8(x))
+    script.train(small(tmp_path, epochs=1, val_images=8), images=(train_images, IMAGES[1]))
+    training, held_out = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert training.shape[0] == 24 and not (training.amin(dim=(1, 2, 3)) == 255).any()
+    assert torch.equal(held_out, train_images[-8:])
+
+
+def test_existing_run_is_not_overwritten(tmp_path, tiny_run):
+    """A new run into the folder of another is refused; so is resuming with another option."""
+    with pytest.raises(ValueError, match="--resume"):
+        script.train(Config(out=str(tiny_run)))
+    with pytest.raises(ValueError, match="has T = 20, not 1000"):
+        script.train(Config(epochs=1, batch_size=8, schedule="cosine", out=str(tiny_run)),
+                     resume=True, images=IMAGES)
+    with pytest.raises(FileNotFoundError, match="no model file"):
+        script.train(small(tmp_path), resume=True, images=IMAGES)
+
+
+def test_diverged_run_keeps_the_last_good_files(tmp_path, monkeypatch):
+    """A loss that is not finite stops the run, names epoch and step, and saves nothing."""
+    script.train(small(tmp_path, epochs=1), images=IMAGES)
+    before = [(tmp_path / name).read_bytes() for name in ("model.pt", "last.pt")]
+    state = script.read(tmp_path / "last.pt")
+    state["config"]["epochs"] = 2
+    state["weights"]["stem.bias"].fill_(math.nan)
+    save(tmp_path / "last.pt", state)
+    before[1] = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(FloatingPointError, match="nan in epoch 2 near step 4"):
+        script.train(small(tmp_path, epochs=2), resume=True, images=IMAGES)
+    assert before == [(tmp_path / name).read_bytes() for name in ("model.pt", "last.pt")]
+
+
+# ------------------------------------------------------------------------------------ model files
+
+def test_model_file_holds_the_averaged_weights(tiny_run):
+    """load_checkpoint gives the average in eval mode, the schedule, configuration and history."""
+    checkpoint, state = load_checkpoint(tiny_run / "model.pt"), script.read(tiny_run / "last.pt")
+    assert not checkpoint.model.training
+    for k, v in checkpoint.model.state_dict().items():
+        assert torch.equal(v, state["average"][k])
+    assert not torch.equal(state["average"]["stem.weight"], state["weights"]["stem.weight"])
+    assert checkpoint.schedule.T == checkpoint.config.T == 20
+    assert len(checkpoint.history["loss"]) == 1 and len(checkpoint.history["step_loss"]) == 2
+    again = load_checkpoint(tiny_run / "last.pt")
+    assert torch.equal(again.model.stem.weight, checkpoint.model.stem.weight)
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    """When the disk fills up in the middle, the old file is whole and no half file stays."""
+    path = tmp_path / "model.pt"
+    save(path, {"format": 1})
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(torch, "save", full)
+        save(path, {"format": 2})
+    assert script.read(path) == {"format": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code from a model file was run",)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "code",
+                                    "other size"])
+def test_damaged_model_files_are_refused(damage, tiny_run, tmp_path, capsys):
+    """One line that names the file, whatever is wrong with it; code in it is never run."""
+    path = tmp_path / "model.pt"
+    good = (tiny_run / "model.pt").read_bytes()
+    if damage == "other size":
+        state = script.read(tiny_run / "model.pt")
+        state["network"]["channels"] = [16, 16, 16]
+        save(path, state)
+    elif damage == "foreign":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif damage == "code":
+        path.write_bytes(pickle.dumps(Evil(), protocol=2))
+    elif damage != "missing":
+        path.write_bytes({"empty": b"", "truncated": good[:len(good) // 2], "text": b"hello"}[damage])
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "code from" not in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- the command line
+
+def test_command_trains_reports_and_says_what_comes_next(tmp_path, capsys):
+    """One line an epoch with our loss and the blog's; at the end the command for samples."""
+    write_mnist(tmp_path, pictures(16), torch.zeros(16))
+    out = tmp_path / "run"
+    script.main(["--data", str(tmp_path), "--out", str(out), "--epochs", "1", "--batch-size", "8",
+                 "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("epoch  1/1   loss ") and f"{BLOG_LOSS[0]:.4f}" in lines[0]
+    assert lines[-1].endswith(f"python sample.py --checkpoint {out / 'model.pt'}")
+    # Resuming a finished run with the options it was begun with is no error and changes nothing.
+    shutil.copy(out / "model.pt", tmp_path / "copy.pt")
+    script.main(["--data", str(tmp_path), "--out", str(out), "--resume", "--batch-size", "8"])
+    assert (tmp_path / "copy.pt").read_bytes() == (out / "model.pt").read_bytes()
+
+
+@pytest.mark.parametrize("argv, status, message", [
+    (["--epochs", "0"], 2, "epochs must be at least 1"),
+    (["--lr", "-1"], 2, "lr must be above 0"),
+    (["--lr", "nan"], 2, "lr must be above 0"),
+    (["--batch-size", "0"], 2, "batch_size must be at least 1"),
+    (["--batch-size", "many"], 2, "invalid int value"),
+    (["--seed", "-1"], 2, "seed must be 0 or above"),
+    (["--T", "100"], 2, "of the image is left"),
+    (["--schedule", "square"], 2, "known are 'linear' and 'cosine'"),
+    (["--device", "abacus"], 1, "device 'abacus' is not available; here: auto, "),
+    (["--batch-size", "17"], 1, "too few for batches of 17"),
+    (["--val-images", "16"], 1, "too few for batches"),
+    (["--resume"], 1, "no model file"),
+])
+def test_wrong_options_are_one_line_on_standard_error(argv, status, message, tmp_path, capsys):
+    """Exit status 2 for an option that can never work, 1 for the rest; nothing is written."""
+    write_mnist(tmp_path, pictures(16), torch.zeros(16))
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), *argv])
+    text = capsys.readouterr().err or str(exit_.value)
+    assert message in text
+    assert exit_.value.code == status or (status == 1 and isinstance(exit_.value.code, str))
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    """Ctrl-C exits with 130 and names the command that resumes."""
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(script, "train", stop)
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["--out", str(tmp_path)])
+    assert exit_.value.code == 130
+    assert f"--resume --out {tmp_path}" in capsys.readouterr().err
