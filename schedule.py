@@ -1,8 +1,7 @@
 """Part 1. The forward process: how an image becomes noise, and what is known in closed form.
 
-A diffusion model learns to undo a process that destroys images. The process itself is not
-learned. It is a fixed chain of T small Gaussian steps, and every question about it that training
-and sampling ask has an exact answer. This file derives the answers and computes them.
+A diffusion model learns to undo a process that destroys images. That process is not learned. It is
+a fixed chain of T small Gaussian steps; this file derives what is known of it exactly.
 
     python schedule.py                    the linear schedule as a table, and a numerical check
     python schedule.py --kind cosine      the same for the cosine schedule
@@ -79,14 +78,14 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
    Its likelihood of an image is an integral over all chains. Weighting the chains by q and using
    Jensen's inequality (-log of a mean is at most the mean of -log) gives a bound,
 
-        -log p_θ(x₀)  ≤  E_q[ -log p(x_T) - Σ_{t≥1} log p_θ(x_{t-1}|x_t) + Σ_{t≥1} log q(x_t|x_{t-1}) ]
+      -log p_θ(x₀) ≤ E_q[ -log p(x_T) - Σ_{t≥1} log p_θ(x_{t-1}|x_t) + Σ_{t≥1} log q(x_t|x_{t-1}) ]
 
    By Bayes' rule, q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x₀) q(x_t|x₀) / q(x_{t-1}|x₀) for t ≥ 2. In the
    sum of logarithms the last two factors telescope to q(x_T|x₀) / q(x₁|x₀). What is left is
 
-        KL( q(x_T|x₀) ‖ p(x_T) )                            how far x_T is from pure noise: no θ
-      + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   each learned step against the exact one
-      - log p_θ(x₀|x₁)                                      the last step
+        KL( q(x_T|x₀) ‖ p(x_T) )                          x_T against pure noise: no θ in it
+      + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   the learned steps against the exact
+      - log p_θ(x₀|x₁)                                    the last step
 
    where each term is averaged over q. The KL of two Gaussians with fixed variances depends on
    their means alone, as ‖μ̃_t - μ_θ‖² / 2σ_t² plus a constant. Let μ_θ have the form of section 4
@@ -100,7 +99,7 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
         L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²
 
    The dropped factor is largest at small t. Leaving it out spends less effort on noise that is too
-   faint to see and more on the shape of the digit, which makes better pictures.
+   faint to see and more on the shape of the digit, which makes better pictures [DDPM section 3.4].
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021,
 arXiv 2102.09672. [VDM] Kingma, Salimans, Poole and Ho 2021, arXiv 2107.00630.
@@ -110,7 +109,6 @@ import argparse
 import math
 
 import torch
-
 
 # √ᾱ_T is the share of the image that survives at t = T. Sampling starts from pure noise, so what
 # survives is a mismatch between training and sampling. The default schedule leaves 0.006.
@@ -123,8 +121,7 @@ class NoiseSchedule:
     T             number of noisy steps, at least 2
     kind          "linear": β_t grows evenly from beta_start to beta_end    [DDPM section 4]
                   "cosine": ᾱ_t follows a squared cosine                    [IDDPM Eq. 17]
-    beta_start    β_1 of the linear schedule, in (0, 1)
-    beta_end      β_T of the linear schedule, in (0, 1)
+    beta_start    β_1 of the linear schedule, in (0, 1), and beta_end, its β_T
     allow_signal  accept a schedule that does not turn the image into pure noise
 
     Attributes: T, and the float64 tensors beta, alpha, alpha_bar, beta_tilde of length T+1.
@@ -148,33 +145,28 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas, allow_signal: bool = False) -> "NoiseSchedule":
-        """A schedule from any sequence of T numbers in (0, 1); betas[0] is β_1.
-
-        Raises ValueError as the constructor does.
-        """
+        """A schedule from any T numbers in (0, 1), refused as above; betas[0] is β_1."""
         schedule = cls.__new__(cls)
         schedule._fill(torch.as_tensor(betas, dtype=torch.float64, device="cpu"), allow_signal)
         return schedule
 
     def _fill(self, betas: torch.Tensor, allow_signal: bool) -> None:
         if betas.dim() != 1 or len(betas) < 2:
-            raise ValueError(f"betas have shape {tuple(betas.shape)}, but a diffusion needs "
-                             "a plain list of at least 2 steps; 1000 is usual")
+            raise ValueError(f"betas must be a list of at least 2 steps, not {tuple(betas.shape)}")
         # A β below 1e-16 would round α to 1, and the step would do nothing. NaN fails here too.
         if not ((1 - betas > 0) & (1 - betas < 1)).all():
             raise ValueError("every beta must lie strictly between 0 and 1; "
                              f"these run from {betas.min():g} to {betas.max():g}")
 
-        # float64 throughout: in float32 the difference 1 - ᾱ_1 = 0.0001 is off by a part in 5000.
+        # float64 throughout: in float32 the difference 1 - ᾱ_1 = 0.0001 is wrong by 0.02 %.
         self.T = len(betas)
         self.beta = torch.cat([torch.zeros(1, dtype=torch.float64), betas])  # β₀ = 0: no noise
         self.alpha = 1 - self.beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)  # ᾱ₀ = 1: all signal
 
         signal = math.sqrt(self.alpha_bar[-1])
-        if signal == 0:
-            raise ValueError("alpha_bar_T is too small for float64, so x_0 could not be recovered "
-                             "from x_T; use smaller betas or fewer steps")
+        if signal == 0:  # predict_x0 divides by it
+            raise ValueError("alpha_bar_T is too small for float64; use smaller or fewer betas")
         if signal > MAX_SIGNAL and not allow_signal:
             # For small β, ln ᾱ_T is about -Σβ_t, so this factor on all β brings √ᾱ_T to the bound.
             factor = math.log(MAX_SIGNAL**2) / math.log(self.alpha_bar[-1])
@@ -190,7 +182,7 @@ class NoiseSchedule:
     def _check(self, t, lowest: int) -> torch.Tensor:
         """t as integers on the CPU, where the arrays are. Unchecked, t = -1 would mean t = T."""
         t = torch.as_tensor(t, device="cpu")
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.dim() > 1:
+        if t.is_floating_point() or t.dtype == torch.bool or t.dim() > 1:
             raise TypeError("t must be an int or a one-dimensional tensor of ints")
         if t.numel() and (t.min() < lowest or t.max() > self.T):
             raise ValueError(f"t must lie in {lowest}..{self.T}, not {t.min()}..{t.max()}")
@@ -205,11 +197,15 @@ class NoiseSchedule:
         value = value.to(x.dtype).to(x.device)  # cast, then move: some devices have no float64
         return value.reshape(-1, *[1] * (x.dim() - 1)) if value.dim() == 1 else value
 
+    def _signal_and_noise(self, t, x: torch.Tensor, lowest: int) -> tuple[torch.Tensor, ...]:
+        """√ᾱ_t and √(1-ᾱ_t), each to multiply images like x."""
+        alpha_bar = self.alpha_bar[self._check(t, lowest)]
+        return self._match(alpha_bar.sqrt(), x), self._match((1 - alpha_bar).sqrt(), x)
+
     def q_step(self, x_prev: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
         """Take one noisy step, x_{t-1} -> x_t.                                    [DDPM Eq. 2]
 
-        x_prev  images x_{t-1}
-        t       the step that is taken, in 1..T
+        x_prev  images x_{t-1}; t is in 1..T
         eps     standard normal noise
 
         Returns x_t = √α_t x_{t-1} + √β_t ε.
@@ -221,22 +217,19 @@ class NoiseSchedule:
     def q_sample(self, x0: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
         """Jump from a clean image straight to noise level t.                      [DDPM Eq. 4]
 
-        x0   images in [-1, 1]
-        t    in 0..T; t = 0 returns x0 itself
+        x0   images in [-1, 1]; t is in 0..T, and t = 0 returns x0 itself
         eps  standard normal noise, drawn by the caller so that it can also be the training target
 
         Returns x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε, t noisy steps in one.
         """
-        t = self._check(t, lowest=0)
-        return (self._match(self.alpha_bar[t].sqrt(), x0) * x0
-                + self._match((1 - self.alpha_bar[t]).sqrt(), x0) * eps)
+        signal, noise = self._signal_and_noise(t, x0, lowest=0)
+        return signal * x0 + noise * eps
 
     def step_beta(self, t, t_prev=None) -> torch.Tensor:
         """β of the one noisy step that does what the steps t_prev + 1 .. t do together.
 
-        By section 2 that step has α = ᾱ_t / ᾱ_{t_prev}. For t_prev = t - 1 it is β_t.
-
-        0 <= t_prev < t <= T; t_prev is t - 1 if None. Returns float64 of the shape of t.
+        By section 2 that step has α = ᾱ_t / ᾱ_{t_prev}. For t_prev = t - 1, or None, it is β_t.
+        Needs 0 <= t_prev < t <= T. Returns float64 of the shape of t.
         """
         t = self._check(t, lowest=1)
         t_prev = t - 1 if t_prev is None else self._check(t_prev, lowest=0)
@@ -248,8 +241,7 @@ class NoiseSchedule:
                     t_prev=None) -> tuple[torch.Tensor, torch.Tensor]:
         """The exact step back, q(x_{t-1} | x_t, x₀).                        [DDPM Eq. 6 and 7]
 
-        x0         clean images, or a guess at them
-        xt         the same images at noise level t
+        x0, xt     clean images, or a guess at them, and the same at noise level t
         t, t_prev  0 <= t_prev < t <= T; t_prev is t - 1 if None. A smaller t_prev gives
                    q(x_{t_prev} | x_t, x₀), a longer step back
 
@@ -273,27 +265,21 @@ class NoiseSchedule:
         Returns x₀ or x̂₀. An error in eps comes out √(1-ᾱ_t)/√ᾱ_t times as large: 157 times at
         t = T of the default schedule.
         """
-        t = self._check(t, lowest=0)
-        return ((xt - self._match((1 - self.alpha_bar[t]).sqrt(), xt) * eps)
-                / self._match(self.alpha_bar[t].sqrt(), xt))
+        signal, noise = self._signal_and_noise(t, xt, lowest=0)
+        return (xt - noise * eps) / signal
 
     def predict_eps(self, xt: torch.Tensor, t, x0: torch.Tensor) -> torch.Tensor:
         """The noise in x_t, if x0 is the clean image: section 2 solved for ε.
 
-        xt  images at noise level t, in 1..T
-        x0  clean images, or a guess at them
+        xt, x0  images at noise level t, in 1..T, and the clean images, or a guess at them
 
         Returns ε. Raises ValueError at t = 0, where x_t holds no noise to be found.
         """
-        t = self._check(t, lowest=1)
-        return ((xt - self._match(self.alpha_bar[t].sqrt(), xt) * x0)
-                / self._match((1 - self.alpha_bar[t]).sqrt(), xt))
+        signal, noise = self._signal_and_noise(t, xt, lowest=1)
+        return (xt - signal * x0) / noise
 
     def snr(self, t) -> torch.Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t): variance of signal over noise.        [VDM Eq. 2]
-
-        Returns float64 of the shape of t, falling in t and infinite at t = 0.
-        """
+        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), float64, infinite at t = 0.        [VDM Eq. 2]"""
         alpha_bar = self.alpha_bar[self._check(t, lowest=0)]
         return alpha_bar / (1 - alpha_bar)
 
@@ -302,41 +288,13 @@ def cosine_betas(T: int) -> torch.Tensor:
     """β_1..β_T such that ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s) · π/2).   [IDDPM Eq. 17]
 
     The signal falls more evenly than in the linear schedule, whose last quarter is almost pure
-    noise. The offset s = 0.008 keeps the first steps from being too small, and the cap at 0.999
-    keeps the last one from dividing by zero.
-
-    T  number of steps. Returns (T,) float64.
+    noise. The offset s keeps the first steps from being too small; the cap at 0.999 keeps ᾱ_T
+    above 0. Returns (T,) float64.
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
-
-
-def print_table(schedule: NoiseSchedule) -> None:
-    """Eleven levels from clean to noise; SNR in decibels, 10 log10(SNR)."""
-    print(f"{'t':>5} {'beta':>10} {'alpha_bar':>11} {'SNR [dB]':>9} {'beta_tilde':>11}")
-    for t in sorted({round(schedule.T * k / 10) for k in range(11)} | {1}):
-        decibel = 10 * torch.log10(schedule.snr(t)).item()
-        print(f"{t:5d} {schedule.beta[t]:10.6f} {schedule.alpha_bar[t]:11.4g} {decibel:9.1f} "
-              f"{schedule.beta_tilde[t]:11.6f}")
-
-
-def compare_with_iteration(schedule: NoiseSchedule, x0: float = 0.5, chains: int = 20_000) -> None:
-    """Noise one pixel step by step in many chains; print their moments beside the closed form."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.full((chains, 1, 1, 1), x0, dtype=torch.float64)
-    print(f"\n{chains:,} chains of single steps from a pixel x0 = {x0}, beside the closed form:")
-    print(f"{'t':>5} {'mean':>10} {'closed':>10} {'std':>10} {'closed':>10}")
-    shown = {round(schedule.T * k / 5) for k in range(1, 6)}
-    for t in range(1, schedule.T + 1):
-        x = schedule.q_step(x, t, torch.randn(x.shape, generator=generator, dtype=x.dtype))
-        if t in shown:
-            mean = schedule.alpha_bar[t].sqrt() * x0
-            std = (1 - schedule.alpha_bar[t]).sqrt()
-            print(f"{t:5d} {x.mean():10.4f} {mean:10.4f} {x.std():10.4f} {std:10.4f}")
-    print(f"{chains:,} random chains can show agreement to about {2 / chains**0.5:.3f}; "
-          "tests/test_schedule.py shows it exactly.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -348,8 +306,24 @@ def main(argv: list[str] | None = None) -> None:
         schedule = NoiseSchedule(args.T, args.kind)
     except ValueError as error:
         parser.error(str(error))
-    print_table(schedule)
-    compare_with_iteration(schedule)
+    print(f"{'t':>5} {'beta':>10} {'alpha_bar':>11} {'SNR [dB]':>9} {'beta_tilde':>11}")
+    for t in sorted({round(schedule.T * k / 10) for k in range(11)} | {1}):
+        decibel = 10 * torch.log10(schedule.snr(t)).item()
+        print(f"{t:5d} {schedule.beta[t]:10.6f} {schedule.alpha_bar[t]:11.4g} {decibel:9.1f} "
+              f"{schedule.beta_tilde[t]:11.6f}")
+
+    # Noise one pixel step by step, in many independent chains, and look at their mean and spread.
+    x0, chains = 0.5, 20_000
+    print(f"\n{chains:,} chains of single steps from a pixel x0 = {x0}, beside the closed form:")
+    print(f"{'t':>5} {'mean':>10} {'closed':>10} {'std':>10} {'closed':>10}")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((chains, 1, 1, 1), x0, dtype=torch.float64)
+    for t in range(1, schedule.T + 1):
+        x = schedule.q_step(x, t, torch.randn(x.shape, generator=generator, dtype=x.dtype))
+        if t in {round(schedule.T * k / 5) for k in range(1, 6)}:
+            mean, std = schedule.alpha_bar[t].sqrt() * x0, (1 - schedule.alpha_bar[t]).sqrt()
+            print(f"{t:5d} {x.mean():10.4f} {mean:10.4f} {x.std():10.4f} {std:10.4f}")
+    print(f"(random chains agree to about {2 / chains**0.5:.3f}; the tests show it exactly)")
 
 
 if __name__ == "__main__":

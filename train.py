@@ -3,7 +3,6 @@
     python train.py                        15 epochs on MNIST, into runs/mnist/
     python train.py --data DIR             with MNIST that is already in DIR/MNIST/raw
     python train.py --resume               go on with a run that was stopped
-    python train.py --epochs 3 --out runs/short
 
 One step of training is Algorithm 1 of [DDPM]:
 
@@ -25,8 +24,7 @@ and what the plain network of the blog had reached by then. Two files are writte
     model.pt    the averaged weights, for sample.py and plots.py
     last.pt     everything that is needed to go on as if training had never stopped
 
-Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [VDM] Kingma et al. 2021, arXiv
-2107.00630.
+Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma et al. 2021, arXiv 2107.00630.
 """
 
 import argparse
@@ -55,29 +53,26 @@ BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0
              0.0686, 0.0670, 0.0644, 0.0632, 0.0619)
 
 
-def option(default, text: str):
-    """A field of Config whose explanation is also its help on the command line."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default, text: str, low=None, high=None):
+    """A field of Config; its explanation is also its help, its range is checked."""
+    return dataclasses.field(default=default, metadata={"help": text, "range": (low, high)})
 
 
 @dataclass
 class Config:
-    """One training run. The command line is made from these fields.
-
-    Raises ValueError, with advice, for values that cannot work.
-    """
+    """One training run; the command line is made from it. Raises ValueError for absurd values."""
 
     # What to compute. Saved with the model, and the same when a run is resumed.
-    epochs: int = option(15, "passes over the training images")
-    batch_size: int = option(128, "images per step")
-    lr: float = option(2e-3, "peak learning rate of Adam")
-    warmup: float = option(0.04, "share of all steps in which the learning rate rises to its peak")
-    ema: float = option(0.999, "decay of the weight average, per step")
-    clip: float = option(1.0, "largest norm of the gradient; longer ones are shortened to it")
-    T: int = option(1000, "noisy steps")
+    epochs: int = option(15, "passes over the training images", 1, 10**6)
+    batch_size: int = option(128, "images per step", 1, 10**6)
+    lr: float = option(2e-3, "peak learning rate of Adam", 1e-9, 1)
+    warmup: float = option(0.04, "share of the steps in which the rate rises to its peak", 0, 1)
+    ema: float = option(0.999, "decay of the weight average, per step", 0, 0.999999)
+    clip: float = option(1.0, "longest gradient; others are shortened", 1e-9, math.inf)
+    T: int = option(1000, "noisy steps", 2, 10**6)
     schedule: str = option("linear", "noise schedule, linear or cosine")
-    seed: int = option(0, "seed of the weights, the order of the images, and all noise")
-    val_images: int = option(0, "hold out the last N training images, not the test images")
+    seed: int = option(0, "seed of weights, order of the images, and all noise", 0, 2**63 - 1)
+    val_images: int = option(0, "hold out the last N training images, not the test set", 0, 10**6)
 
     # Where to compute it. Not saved: another machine has other folders.
     data: str = option(str(HERE / "data"), "folder that holds MNIST/raw, or where to download it")
@@ -85,25 +80,12 @@ class Config:
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
     def __post_init__(self):
-        for name, valid, rule in (
-                ("epochs", self.epochs >= 1, "at least 1"),
-                ("batch_size", self.batch_size >= 1, "at least 1"),
-                ("lr", 0 < self.lr < math.inf, "above 0; 0.002 is the default"),
-                ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
-                ("ema", 0 <= self.ema < 1, "at least 0 and below 1"),
-                ("clip", self.clip > 0, "above 0; inf switches it off"),
-                ("seed", 0 <= self.seed < 2**63, "0 or above"),
-                ("val_images", self.val_images >= 0, "0 or above")):
-            if not valid:
-                raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            value, (low, high) = getattr(self, field.name), field.metadata["range"]
+            if low is not None and not low <= value <= high:  # NaN fails too
+                raise ValueError(f"{field.name} must be between {low} and {high}, not {value}")
         NoiseSchedule(self.T, self.schedule)  # raises with advice of its own
 
-    def saved(self) -> dict:
-        """The fields that belong to the result, not to the machine."""
-        return {k: v for k, v in vars(self).items() if k not in ("data", "out", "device")}
-
-
-# ------------------------------------------------------------------------------------- the digits
 
 def load_images(data: str | Path = HERE / "data", train: bool = True,
                 download: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,19 +95,14 @@ def load_images(data: str | Path = HERE / "data", train: bool = True,
     and stays in memory. Raises RuntimeError if MNIST is neither there nor to be downloaded.
     """
     try:
-        try:
-            dataset = MNIST(data, train=train)
-        except RuntimeError:  # not there
-            if not download:
-                raise
-            dataset = MNIST(data, train=train, download=True)
+        dataset = MNIST(data, train=train, download=download)  # downloads only what is missing
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or ["?"])[0]
         raise RuntimeError(
-            f"no MNIST in {Path(data) / 'MNIST' / 'raw'}, and no download ({reason}); get "
-            "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-            "t10k-labels-idx1-ubyte from https://ossci-datasets.s3.amazonaws.com/mnist/, unpack "
-            "them there, or name another folder with --data DIR") from error
+            f"no MNIST in {Path(data) / 'MNIST' / 'raw'}, and no download ({reason}); put there, "
+            "unpacked, train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, "
+            "t10k-labels-idx1-ubyte from https://ossci-datasets.s3.amazonaws.com/mnist/, or name "
+            "the folder that has them with --data DIR") from error
     return dataset.data[:, None], dataset.targets
 
 
@@ -143,17 +120,13 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# --------------------------------------------------------------------------- the parts of a step
-
 def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels for a batch: each uniform on 1..T, together evenly spread.  [VDM appendix I.1]
+    """Noise levels for a batch: each uniform on 1..T, together evenly spread.            [VDM]
 
-    Independent draws leave gaps, and as the loss at t = 1 is hundreds of times that at t = T, a
-    batch with more small t looks worse than it is. So 1..T is cut into `count` equal strata, one
+    Independent draws leave gaps, and as the loss at small t is hundreds of times that at t = T,
+    a batch with more small t looks worse than it is. So 1..T is cut into `count` equal strata, one
     draw is made in each, and the strata are dealt to the images at random. The expected gradient
-    is the same and its noise smaller.
-
-    Returns (count,) int64.
+    is the same and its noise smaller. Returns (count,) int64.
     """
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -190,16 +163,13 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
              batch_size: int = 500) -> float:
     """Mean squared error of the predicted noise, the same measurement every time. [DDPM Eq. 14]
 
-    images  (N, 1, 28, 28) uint8
-
-    Image i is seen at t = 1 + i mod T with fixed noise. The loss of a random batch depends more on
-    which t it drew than on the network; here all t count alike, and two numbers can be compared.
+    Image i of images, uint8 (N, 1, 28, 28), is seen at t = 1 + i mod T with fixed noise. The loss
+    of a random batch depends more on which t it drew than on the network. Here all t count alike,
+    and two numbers can be compared.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    generator = torch.Generator().manual_seed(0)
-    eps = torch.randn(images.shape, generator=generator)
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     t = 1 + torch.arange(len(images)) % schedule.T
     total = 0.0
     for i in range(0, len(images), batch_size):
@@ -237,7 +207,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def read(path: str | Path) -> dict:
-    """Read a model file. weights_only: plain tensors and numbers, never code from the file."""
+    """Read a model file: plain tensors and numbers, never code (weights_only)."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] == 1:
@@ -250,10 +220,7 @@ def read(path: str | Path) -> dict:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Rebuild network and schedule from a model.pt (or last.pt), on the CPU.
-
-    Raises FileNotFoundError or ValueError, in one line, if that cannot be done.
-    """
+    """Rebuild network and schedule from a model.pt or last.pt; ValueError if it is none."""
     state = read(path)
     with torch.device("meta"):  # shapes only: random weights would be overwritten at once
         model = UNet(**state["network"])
@@ -270,18 +237,59 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 # --------------------------------------------------------------------------------------- the loop
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; for "auto" the first of cuda, mps and cpu that is there.
-
-    Raises ValueError if it is unknown or not there.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(device for device, available in there.items() if available)
-    if not there.get(name.split(":")[0]):
-        raise ValueError(f"device {name!r} is not available; here: auto, "
-                         + ", ".join(device for device in there if there[device]))
+    """The device of that name, or ValueError; "auto" is the first of cuda, mps, cpu there is."""
+    there = [device for device, here in (("cuda", torch.cuda.is_available()),
+             ("mps", torch.backends.mps.is_available()), ("cpu", True)) if here]
+    name = there[0] if name == "auto" else name
+    if name.split(":")[0] not in there:
+        raise ValueError(f"device {name!r} is not available; here: auto, {', '.join(there)}")
     return torch.device(name)
+
+
+def require_finite(loss: float, epoch: int, i: int) -> None:
+    """Stop before a diverged network is saved over a good one."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1}, step {i + 1}; "
+                                 "the files of the epoch before are kept. Try a lower --lr")
+
+
+def train_epoch(epoch: int, model: UNet, average: UNet, optimizer: torch.optim.Adam,
+                schedule: NoiseSchedule, digits: torch.Tensor, generator: torch.Generator,
+                config: Config) -> list[float]:
+    """One pass over the digits; returns the loss of each step.              [DDPM Algorithm 1]"""
+    device = next(model.parameters()).device
+    size = config.batch_size
+    steps = len(digits) // size  # the incomplete last batch is dropped
+    order = torch.randperm(len(digits), generator=generator)
+    losses = []
+    model.train()
+    with tqdm(total=steps * size, desc=f"epoch {epoch + 1}/{config.epochs}", unit=" images",
+              leave=False, disable=None) as bar:
+        for i in range(steps):
+            # The numbers are those of the list at the top of this file.
+            x0 = from_uint8(digits[order[i * size:(i + 1) * size]])                            # 1
+            t = draw_t(size, schedule.T, generator)                                            # 2
+            eps = torch.randn(x0.shape, generator=generator)
+            xt = schedule.q_sample(x0, t, eps)                                                 # 3
+            eps_hat = model(xt.to(device), t.to(device))                                       # 4
+            loss = F.mse_loss(eps_hat, eps.to(device))                           # [DDPM Eq. 14]
+            optimizer.zero_grad()                                                              # 5
+            loss.backward()
+            # A rare batch with a huge gradient must not throw the weights far off.
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            step = epoch * steps + i
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config.epochs * steps, config)
+            optimizer.step()
+            update_average(average, model, step, config.ema)
+
+            losses.append(loss.detach())
+            if i % 20 == 19:  # now and then: reading a number off a GPU waits for it
+                recent = torch.stack(losses[-20:]).mean().item()
+                require_finite(recent, epoch, i)
+                bar.set_postfix(loss=f"{recent:.4f}")
+            bar.update(size)
+    return torch.stack(losses).tolist()
 
 
 def train(config: Config, resume: bool = False,
@@ -321,69 +329,37 @@ def train(config: Config, resume: bool = False,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = UNet(**state["network"])
-    generator = torch.Generator().manual_seed(config.seed)
-    history = {"loss": [], "held_out": [], "seconds": [], "step_loss": []}
-    average = copy.deepcopy(model).requires_grad_(False)
+    average = copy.deepcopy(model).requires_grad_(False).to(device)
     model.to(device)
-    average.to(device)
     # The second β, 0.99 instead of 0.999, lets Adam forget old gradients within 100 steps: right
     # for a short run, in which their size changes quickly.
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=True)
-
+    generator = torch.Generator().manual_seed(config.seed)
+    history = {"loss": [], "held_out": [], "seconds": [], "step_loss": []}
     if resume:
         model.load_state_dict(state["weights"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["adam"])
         generator.set_state(state["generator"])
         history = state["history"]
-    out.mkdir(parents=True, exist_ok=True)
 
     schedule = NoiseSchedule(config.T, config.schedule)
-    steps = len(digits) // config.batch_size  # the incomplete last batch is dropped
-    model.train()
+    out.mkdir(parents=True, exist_ok=True)
     for epoch in range(len(history["loss"]), config.epochs):
         start = time.perf_counter()
-        losses = []
-        order = torch.randperm(len(digits), generator=generator)
-        bar = tqdm(total=steps * config.batch_size, desc=f"epoch {epoch + 1}/{config.epochs}",
-                   unit=" images", leave=False, disable=None)
-        for i in range(steps):
-            # Algorithm 1, with the numbers of the list at the top of this file.
-            x0 = from_uint8(digits[order[i * config.batch_size:(i + 1) * config.batch_size]])  # 1
-            t = draw_t(len(x0), config.T, generator)                                           # 2
-            eps = torch.randn(x0.shape, generator=generator)
-            xt = schedule.q_sample(x0, t, eps)                                                 # 3
-            eps_hat = model(xt.to(device), t.to(device))                                       # 4
-            loss = F.mse_loss(eps_hat, eps.to(device))                           # [DDPM Eq. 14]
-
-            optimizer.zero_grad()                                                              # 5
-            loss.backward()
-            # A rare batch with a huge gradient must not throw the weights far off.
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            step = epoch * steps + i
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.epochs * steps, config)
-            optimizer.step()
-            update_average(average, model, step, config.ema)
-
-            # Reading a number off a GPU waits until it is computed, so do it now and then.
-            losses.append(loss.detach())
-            if i % 20 == 19:
-                recent = torch.stack(losses[-20:]).mean().item()
-                require_finite(recent, epoch, i)
-                bar.set_postfix(loss=f"{recent:.4f}")
-            bar.update(config.batch_size)
-        bar.close()
-
-        losses = torch.stack(losses).tolist()
-        history["loss"].append(sum(losses) / steps)
+        losses = train_epoch(epoch, model, average, optimizer, schedule, digits, generator, config)
+        history["loss"].append(sum(losses) / len(losses))
         history["held_out"].append(evaluate(average, schedule, held_out))
-        require_finite(history["loss"][-1] + history["held_out"][-1], epoch, i)
         history["seconds"].append(time.perf_counter() - start)
         history["step_loss"].extend(losses)
-        report(epoch, config, history)
+        require_finite(history["loss"][-1] + history["held_out"][-1], epoch, len(losses) - 1)
+        blog = f"{BLOG_LOSS[epoch]:.4f}" if epoch < len(BLOG_LOSS) else "-"
+        print(f"epoch {epoch + 1:2d}/{config.epochs}   loss {history['loss'][-1]:.4f}   "
+              f"held-out {history['held_out'][-1]:.4f}   {history['seconds'][-1]:4.0f} s   "
+              f"blog's loss {blog}", flush=True)
 
-        result = dict(format=1, config=config.saved(), network=model.config, history=history,
+        what = {k: v for k, v in vars(config).items() if k not in ("data", "out", "device")}
+        result = dict(format=1, config=what, network=model.config, history=history,
                       average={k: v.cpu() for k, v in average.state_dict().items()})
         save(out / "model.pt", result)
         save(last, dict(result, weights=model.state_dict(), adam=optimizer.state_dict(),
@@ -391,27 +367,10 @@ def train(config: Config, resume: bool = False,
     return history
 
 
-def require_finite(loss: float, epoch: int, i: int) -> None:
-    """Stop before a diverged network is saved over a good one."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1} near step {i + 1}; "
-                                 "the files of the epoch before are kept. Try a lower --lr")
-
-
-def report(epoch: int, config: Config, history: dict[str, list[float]]) -> None:
-    """One line for an epoch that has just ended."""
-    blog = f"{BLOG_LOSS[epoch]:.4f}" if epoch < len(BLOG_LOSS) else "-"
-    print(f"epoch {epoch + 1:2d}/{config.epochs}   loss {history['loss'][-1]:.4f}   "
-          f"held-out {history['held_out'][-1]:.4f}   {history['seconds'][-1]:4.0f} s   "
-          f"blog's loss {blog}", flush=True)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Train a diffusion model on MNIST.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train a diffusion model on MNIST.")
     for field in dataclasses.fields(Config):
-        # Not given is not the same as given with the default value: see --resume.
+        # SUPPRESS tells options that were given from defaults; --resume needs to know.
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="",
                             default=argparse.SUPPRESS,
                             help=f"{field.metadata['help']} (default: {field.default})")

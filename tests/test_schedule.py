@@ -298,7 +298,7 @@ def test_each_image_has_its_own_t(batch, seed):
     (lambda: NoiseSchedule(beta_start=math.nan), "between 0 and 1"),
     (lambda: NoiseSchedule.from_betas([0.5, 1e-17]), "between 0 and 1"),
     (lambda: NoiseSchedule.from_betas([0.9999]), "at least 2 steps"),
-    (lambda: NoiseSchedule.from_betas([[0.9, 0.99]]), "plain list"),
+    (lambda: NoiseSchedule.from_betas([[0.9, 0.99]]), "list of at least 2"),
     (lambda: NoiseSchedule.from_betas([1 - 1e-12] * 40), "too small for float64"),
     (lambda: NoiseSchedule(T=200), "36.4% of the image is left"),
 ])
