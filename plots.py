@@ -17,6 +17,9 @@ files. Drawn twice on one machine, a figure is the same byte for byte.
 
 One grey scale serves all pictures: black is -1, white is +1, values beyond are cut off. A scale
 fitted to each picture would hide how the range changes on the way.
+
+Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [Attention] Vaswani et al. 2017, arXiv
+1706.03762.
 """
 
 import argparse
@@ -24,21 +27,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: no screen, no state that all figures share
+from torchvision.utils import make_grid
+from tqdm import tqdm
 
-matplotlib.use("Agg")  # draw to files; works without a screen
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from torchvision.utils import make_grid  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from sample import open_checkpoint, sample  # noqa: E402
-from schedule import NoiseSchedule  # noqa: E402
-from train import (  # noqa: E402
-    BLOG_LOSS, HERE, Checkpoint, from_uint8, load_images, pick_device)
-from unet import timestep_embedding  # noqa: E402
+from sample import open_checkpoint, sample
+from schedule import NoiseSchedule
+from train import BLOG_LOSS, HERE, Checkpoint, from_uint8, load_images, pick_device
+from unet import timestep_embedding
 
 SEEDS = list(range(32))
 SHOWN = 0  # the seed whose trajectory is drawn
@@ -67,8 +66,13 @@ class Material:
     digits: torch.Tensor | None
     real: bool
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the network."""
+        return sum(p.numel() for p in self.checkpoint.model.parameters())
 
-def levels(T: int) -> list[int]:
+
+def shown_levels(T: int) -> list[int]:
     """The noise levels that are drawn, from T to 0: denser where more happens."""
     return [round(T * share) for share in (1, .8, .6, .5, .4, .3, .2, .1, .05, 0)]
 
@@ -88,7 +92,7 @@ def plot_forward(material: Material) -> Figure:
     schedule, digits = material.checkpoint.schedule, material.digits
     T = schedule.T
     ts = [round(T * share) for share in (0, .05, .1, .2, .3, .4, .6, 1)]
-    figure = plt.figure(figsize=(10, 8.6), layout="constrained")
+    figure = Figure(figsize=(10, 8.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[len(digits) * 1.2, 3.6])
 
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +113,7 @@ def plot_forward(material: Material) -> Figure:
         alpha_bar = other.alpha_bar.numpy()
         left.plot(alpha_bar**0.5, style, color=OURS, label=f"signal, {kind}")
         left.plot((1 - alpha_bar)**0.5, style, color=BLOG, label=f"noise, {kind}")
+        # Without t = T, where the cap of the cosine schedule makes one step of 30 dB.
         decibels = 10 * other.snr(torch.arange(1, T)).log10().numpy()
         right.plot(range(1, T), decibels, style, color=THIRD, label=kind)
     left.set(title=r"Factors $\sqrt{\bar\alpha_t}$ of the image and $\sqrt{1-\bar\alpha_t}$ "
@@ -130,8 +135,8 @@ def plot_embedding(material: Material) -> Figure:
     dim = material.checkpoint.model.config["embedding"]
     features = timestep_embedding(torch.arange(1, T + 1), dim)  # (T, dim)
 
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 4), layout="constrained", width_ratios=[1.25, 1])
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     picture = left.imshow(features.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
                           extent=(1, T, dim, 0))
     left.axhline(dim / 2, color="black", linewidth=1)
@@ -151,7 +156,8 @@ def plot_embedding(material: Material) -> Figure:
 def plot_loss(material: Material) -> Figure:
     """Training and held-out loss of each epoch, beside the blog's training loss."""
     history, config = material.checkpoint.history, material.checkpoint.config
-    figure, ax = plt.subplots(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    ax = figure.subplots()
     held_out = "validation" if config.val_images else "test"
     # The last column keeps the two numbers of our network apart, whose curves end close together.
     for values, color, label, lift in (
@@ -170,7 +176,7 @@ def plot_loss(material: Material) -> Figure:
     ax.set(xlabel="epoch", ylabel="mean squared error of the predicted noise",
            xlim=(0.6, last + 1.2), xticks=range(1, last + 1),
            title="Loss by epoch, both networks with 324,705 parameters"
-           if parameters(material) == 324_705 else "Loss by epoch")
+           if material.parameters == 324_705 else "Loss by epoch")
     ax.legend(frameon=False)
     return figure
 
@@ -178,7 +184,8 @@ def plot_loss(material: Material) -> Figure:
 def plot_trajectory(material: Material) -> Figure:
     """One digit on its way from noise: x_t above, the prediction x̂₀ made from it below."""
     chain = material.chain
-    figure, axes = plt.subplots(2, len(chain), figsize=(10, 2.75), layout="constrained")
+    figure = Figure(figsize=(10, 2.75), layout="constrained")
+    axes = figure.subplots(2, len(chain))
     for column, (t, (xt, x0_hat)) in enumerate(chain.items()):
         show(axes[0, column], xt[SHOWN])
         show(axes[1, column], x0_hat[SHOWN])
@@ -193,7 +200,8 @@ def plot_trajectory(material: Material) -> Figure:
 def plot_grid(material: Material) -> Figure:
     """32 digits from 32 seeds, four rows of eight."""
     grid = make_grid(material.chain[0][0], nrow=8, padding=2, pad_value=-0.5)
-    figure, ax = plt.subplots(figsize=(10, 5.35), layout="constrained")
+    figure = Figure(figsize=(10, 5.35), layout="constrained")
+    ax = figure.subplots()
     show(ax, grid)
     ax.set_title(f"Seeds {SEEDS[0]} to {SEEDS[-1]}, row by row")
     return figure
@@ -204,11 +212,6 @@ FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_lo
 
 
 # ----------------------------------------------------------------------------- gather and save
-
-def parameters(material: Material) -> int:
-    """Number of weights of the network."""
-    return sum(p.numel() for p in material.checkpoint.model.parameters())
-
 
 def gather(checkpoint: Checkpoint, names: list[str], data: str | Path = HERE / "data",
            device: str = "cpu") -> Material:
@@ -223,11 +226,12 @@ def gather(checkpoint: Checkpoint, names: list[str], data: str | Path = HERE / "
             first = [int((labels == digit).nonzero()[0]) for digit in (7, 2, 4, 9)]
             digits, real = from_uint8(images[first]), True
         except RuntimeError:
-            pass  # draw the network's own digits; the title will say so
+            print(f"no MNIST in {data}: the forward process is drawn on generated digits",
+                  file=sys.stderr)
     chain = {}
     if {"trajectory", "grid"} & set(names) or ("forward" in names and not real):
         model = checkpoint.model.to(pick_device(device))
-        wanted = set(levels(checkpoint.schedule.T))
+        wanted = set(shown_levels(checkpoint.schedule.T))
         steps = sample(model, checkpoint.schedule, SEEDS)
         for t, xt, x0_hat in tqdm(steps, total=checkpoint.schedule.T + 1, unit=" steps",
                                   desc="sampling", disable=None):
@@ -241,7 +245,7 @@ def gather(checkpoint: Checkpoint, names: list[str], data: str | Path = HERE / "
 def draw(name: str, material: Material, folder: Path) -> Path:
     """Draw one figure into folder/name.png and return that path."""
     config = material.checkpoint.config
-    with plt.rc_context(STYLE):
+    with rc_context(STYLE):
         figure = FIGURES[name](material)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.png"
@@ -249,8 +253,7 @@ def draw(name: str, material: Material, folder: Path) -> Path:
             "Software": None,  # a version number here would change the bytes
             "Description": f"MNIST, {len(material.checkpoint.history['loss'])} epochs, training "
                            f"seed {config.seed}, {config.schedule} schedule, T = {config.T}, "
-                           f"{parameters(material)} parameters"})
-        plt.close(figure)
+                           f"{material.parameters} parameters"})
     return path
 
 

@@ -4,37 +4,42 @@
     python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
     python sample.py --variance zero                 the same x_T without fresh noise
 
-Start from pure noise x_T and take T steps. Each is Algorithm 2 of [DDPM]:
+Start from pure noise x_T and take T steps. Without the clipping of which more below, each is a step
+of Algorithm 2 of [DDPM]:
 
     1. the network guesses the noise in x_t:             ε̂ = ε_θ(x_t, t)
     2. which implies a guess at the clean image:         x̂₀ = (x_t - √(1-ᾱ_t) ε̂) / √ᾱ_t
     3. if x̂₀ were the truth, one step back would be drawn from q(x_{t-1} | x_t, x̂₀), a Gaussian
        whose mean μ̃_t and variance β̃_t are known (schedule.py, section 3)
     4. draw from it:                                     x_{t-1} = μ̃_t + σ_t z,   z ~ N(0, 1)
+       with σ_t² = β̃_t, or as --variance says
 
-Why 1,000 steps, if step 2 already guesses the clean image? Because at large t the guess is poor.
-It is the mean of all digits that the noisy image could have come from: a grey blur. A step moves
-only a little towards it; then the network looks again, at a slightly clearer image.
+Why 1,000 steps, if step 2 already guesses the clean image? Because at large t the guess is poor. A
+network trained on squared errors answers with a mean: of all digits that the noisy image could have
+come from, weighted by their probability. That is a grey blur. A step moves only a little towards
+it; then the network looks again, at a slightly clearer image.
 
-Why add noise in step 4? The mean alone is the average of the places where x_{t-1} could be, and an
-average of many digits is no digit. The noise picks one of them. For data of variance λ² the chain
-without noise ends with far too little spread; tests/test_sample.py has the exact law.
+Why add noise in step 4? Because x_{t-1} must be as noisy as the images that the network saw at t-1
+in training: given x₀, its noise must have variance 1-ᾱ_{t-1}. The mean μ̃_t alone has less, namely
+α_t (1-ᾱ_{t-1})² / (1-ᾱ_t), and β̃_t is exactly what is missing. Without it the spread is lost step
+by step: for Gaussian data of variance λ², a perfect network and no clipping, the chain ends
+with a standard deviation of about √ᾱ_T λ² instead of λ. tests/test_sample.py has the exact law.
 
 Which σ_t²? If x₀ is a single known point, β̃_t is exact. If the data are standard normal noise, β_t
-is exact. Images lie between, so any choice is between [DDPM section 3.2]. The two differ only in
-the last few steps: at t = 10 by 17 %, at t = 100 by 2 %.
+is exact. Pixels in [-1, 1] have a variance of at most 1, so the best choice lies between [DDPM
+section 3.2]. The two differ only at small t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100.
 
 Why no noise in the last step? x₀ is the result. Noise on it would only be noise on the picture.
 
 Why clip x̂₀ to [-1, 1]? Pixels cannot lie outside. At t = T a mistake of 0.01 in ε̂ moves x̂₀ by
-1.6, and the chain would carry it on. Clipping takes away what is certainly wrong. When no pixel is
-out of range it changes nothing.
+1.6. One step goes only a little way towards x̂₀, but mistakes of the same sign in many steps add
+up. Clipping takes away what is certainly wrong; where no pixel is out of range it changes nothing.
 
 ONE SEED, ONE DIGIT. Image k takes all its noise from its own generator, seeded by its own seed, on
-the CPU. So seed 7 gives the same digit alone or among others, on any device.
+the CPU. So seed 7 gives the same digit, up to rounding, alone or among others, on any device.
 
-Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [DDIM] Song, Meng and Ermon 2021, arXiv
-2010.02502.
+Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv
+2102.09672.
 """
 
 import argparse
@@ -87,9 +92,9 @@ def p_step(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
     x0_hat = predict_clean(schedule, xt, t, eps_hat, clip)
     mean, sigma2 = schedule.q_posterior(x0_hat, xt, t, t_prev)
     if variance == "beta":
-        # The last step ends at x₀ and adds no noise. β̃ is 0 there by itself, β is not.
+        # The last step, which ends at x₀, adds no noise. β̃ is 0 there by itself, β is not.
         beta = schedule.step_beta(t, t_prev).to(xt.dtype).to(xt.device)
-        sigma2 = torch.where(sigma2 > 0, beta.reshape(sigma2.shape), 0.0)
+        sigma2 = beta.reshape(sigma2.shape) * (sigma2 > 0)
     elif variance == "zero":
         sigma2 = torch.zeros_like(sigma2)
     return mean + sigma2.sqrt() * noise
@@ -119,16 +124,20 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     seeds     B integers; image k depends on seeds[k] alone
     sampler   "ddpm", the ancestral sampler
     variance  as in p_step
-    steps     number of steps, 1..T; None takes all T. Fewer steps are longer ones: steps from
-              s + 1 to t together are one noisy step with α = ᾱ_t / ᾱ_s
+    steps     number of steps, 1..T; None takes all T. Fewer steps are longer ones: the steps from
+              s + 1 to t together are one noisy step with α = ᾱ_t / ᾱ_s  [IDDPM section 4]
     clip      clip x̂₀ to [-1, 1] in every step
-    start     (t, xt) begins with these images at noise level t instead of with pure noise
+    start     (t, xt) begins with these images at noise level t instead of with pure noise, and
+              takes t steps, or the given number of steps if that is less
     shape     (C, H, W) of an image
 
     Yields (t, xt, x0_hat) from t = T down to t = 0, steps + 1 times: images of noise level t and
     the prediction x̂₀ made from them, both (B, C, H, W) on the device of the model. At t = 0 both
-    are the finished images. Raises ValueError for unknown names or numbers out of range.
+    are the finished images. Raises ValueError for unknown names or numbers out of range, when the
+    first triple is asked for.
     """
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}; known are {', '.join(VARIANCES)}")
     if sampler != "ddpm":
         raise ValueError(f"unknown sampler {sampler!r}; known is ddpm")
     if len(seeds) == 0:
@@ -169,14 +178,13 @@ def open_checkpoint(name: str | None) -> tuple[Path, Checkpoint]:
 
     Raises FileNotFoundError or ValueError, in one line, if that cannot be done.
     """
-    path, own = HERE / "pretrained" / "model.pt", HERE / "runs" / "mnist" / "model.pt"
-    if name is not None:
-        path = Path(name)
-    elif own.exists():
-        run = load_checkpoint(own)
-        if len(run.history["loss"]) == run.config.epochs:
-            path = own
+    path = Path(name or HERE / "runs" / "mnist" / "model.pt")
+    if name is None and not path.exists():
+        path = HERE / "pretrained" / "model.pt"
     checkpoint = load_checkpoint(path)
+    if name is None and len(checkpoint.history["loss"]) < checkpoint.config.epochs:
+        path = HERE / "pretrained" / "model.pt"
+        checkpoint = load_checkpoint(path)
     print(f"{path}: {len(checkpoint.history['loss'])} epochs, held-out loss "
           f"{checkpoint.history['held_out'][-1]:.4f}", flush=True)
     return path, checkpoint
@@ -190,6 +198,8 @@ def parse_seeds(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise argparse.ArgumentTypeError(f"{part!r} is not a seed or a range such as 0-31")
+        if last - first + len(seeds) >= 10_000:
+            raise argparse.ArgumentTypeError("more than 10,000 seeds; sample them in parts")
         seeds += range(first, last + 1)
     return seeds
 
@@ -197,7 +207,6 @@ def parse_seeds(text: str) -> list[int]:
 def save_grid(images: torch.Tensor, path: Path, scale: int = 4) -> None:
     """Write images (B, 1, H, W) in [-1, 1] as one PNG, eight to a row, in enlarged pixels."""
     grid = make_grid(to_uint8(images.cpu()), nrow=8, padding=1, pad_value=64)[:1]  # (1, H, W)
-    path.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(repeat(grid, "c h w -> c (h i) (w j)", i=scale, j=scale)).save(path)
 
 
@@ -223,7 +232,10 @@ def main(argv: list[str] | None = None) -> None:
         shipped = path.resolve().parent == HERE / "pretrained"
         folder = HERE / "runs" / "pretrained" if shipped else path.parent
         out = Path(args.out or folder / "samples.png")
+        if out.suffix.lower() != ".png":  # say so before sampling, not after
+            raise ValueError(f"--out must be a file that ends in .png, not {out}")
         levels = timesteps(checkpoint.schedule.T, args.steps)
+        out.parent.mkdir(parents=True, exist_ok=True)
         chain = sample(model, checkpoint.schedule, args.seeds, variance=args.variance,
                        steps=args.steps, clip=args.clip)
         for _, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):

@@ -3,12 +3,13 @@
 A diffusion model learns to undo a process that destroys images. That process is not learned. It is
 a fixed chain of T small Gaussian steps; this file derives what is known of it exactly.
 
-    python schedule.py                    the linear schedule as a table, and a numerical check
-    python schedule.py --kind cosine      the same for the cosine schedule
+    python schedule.py [--kind cosine]       a schedule as a table, and a numerical check
 
-Notation: x₀ is a clean image with pixels in [-1, 1], x_t the image after t noisy steps, and
-N(x; m, v) the density at x of a Gaussian with mean m and variance v. All noise is independent from
-pixel to pixel, so each formula below may be read for one pixel at a time.
+Notation: x₀ is a clean image with pixels in [-1, 1], x_t the image after t noisy steps. N(m, v) is
+the Gaussian with mean m and variance v, N(x; m, v) its density at x. q is the law of the noising
+chain, p_θ that of the model, θ the weights of its network. E is a mean, E_q the mean over q. Noise
+is independent from pixel to pixel, so sections 1 to 4 may be read for one pixel. In section 5 the
+network looks at all pixels at once, and ‖·‖² is a sum of squares over them.
 
 ONE CONVENTION FOR TIME. Arrays have T+1 entries and their index is the subscript of the papers:
 `beta[t]` is β_t for t = 1..T, and entry 0 stands for the clean image, with β₀ = 0 and ᾱ₀ = 1. So
@@ -35,18 +36,19 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
             = √ᾱ_t x₀ + [ √α_t √(1-ᾱ_{t-1}) ε + √β_t ε_t ]
 
    The bracket is a sum of two independent Gaussians, hence Gaussian, and variances add:
-   α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So training can jump straight to any t.
-   At the end ᾱ_T is nearly 0: x_T is pure noise, and that is where sampling starts.
-
-   The same formula turned around converts between the clean image and the noise:
+   α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So it is √(1-ᾱ_t) times a new standard
+   normal, again called ε. Training can jump straight to any t. At the end ᾱ_T is nearly 0: x_T is
+   pure noise, and that is where sampling starts. Turned around, the formula reads
 
         x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t          ε = (x_t - √ᾱ_t x₀) / √(1-ᾱ_t)
 
 3. One step back, if x₀ were known                                             [DDPM Eq. 6 and 7]
 
+   To sample we need q(x_{t-1} | x_t), but it depends on the unknown law of all digits. With x₀
+   given, the step back can be computed. It is Gaussian; call its mean μ̃_t and its variance β̃_t.
    By Bayes' rule, q(x_{t-1} | x_t, x₀) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x₀), because
-   x_t depends on x₀ only through x_{t-1}. Both factors are Gaussian. As functions of y = x_{t-1}
-   they multiply to exp(-E/2) with
+   x_t depends on x₀ only through x_{t-1}. As functions of y = x_{t-1} these two Gaussians multiply,
+   for t ≥ 2, to exp(-E/2) with
 
         E = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
           = y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ]  -  2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ]  + ...
@@ -60,7 +62,8 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
         μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) · x₀  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) · x_t
 
-   At t = 1 the variance β̃₁ is 0 and the mean is x₀: the last step back adds no noise.
+   At t = 1 nothing is left to compute: x₀ is given, so the mean is x₀ and the variance 0. The two
+   formulas say the same. The last step back adds no noise.
 
 4. The same mean in terms of the noise                                            [DDPM Eq. 11]
 
@@ -72,16 +75,18 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
    The 1/√α_t undoes the shrinking of step t, the bracket removes a share of the noise.
 
-5. What to train: from the likelihood to a plain mean squared error         [DDPM Eq. 3, 5, 12, 14]
+5. What to train: from the likelihood to a plain mean squared error      [DDPM Eq. 3, 5, 8, 12, 14]
 
    The model runs backwards from noise: p(x_T) = N(0, 1), p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t²).
-   Its likelihood of an image is an integral over all chains. Weighting the chains by q and using
-   Jensen's inequality (-log of a mean is at most the mean of -log) gives a bound,
+   A Gaussian can do this because β_t is small: the exact q(x_{t-1} | x_t) is then nearly one. The
+   model's likelihood of an image is the mean over q of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀). By
+   Jensen's inequality (-log of a mean is at most the mean of -log),
 
       -log p_θ(x₀) ≤ E_q[ -log p(x_T) - Σ_{t≥1} log p_θ(x_{t-1}|x_t) + Σ_{t≥1} log q(x_t|x_{t-1}) ]
 
    By Bayes' rule, q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x₀) q(x_t|x₀) / q(x_{t-1}|x₀) for t ≥ 2. In the
-   sum of logarithms the last two factors telescope to q(x_T|x₀) / q(x₁|x₀). What is left is
+   sum of logarithms the last two factors telescope to q(x_T|x₀) / q(x₁|x₀), and the term of t = 1
+   cancels q(x₁|x₀). With KL(q ‖ p) = E_q[log q - log p], which is 0 only if q = p, what is left is
 
         KL( q(x_T|x₀) ‖ p(x_T) )                          x_T against pure noise: no θ in it
       + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   the learned steps against the exact
@@ -89,17 +94,19 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
    where each term is averaged over q. The KL of two Gaussians with fixed variances depends on
    their means alone, as ‖μ̃_t - μ_θ‖² / 2σ_t² plus a constant. Let μ_θ have the form of section 4
-   with a network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels and the term for t becomes
+   with a network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels,
+   μ̃_t - μ_θ = -β_t / [√α_t √(1-ᾱ_t)] · (ε - ε_θ), and the term for t becomes
 
         β_t² / [ 2 σ_t² α_t (1-ᾱ_t) ] · ‖ε - ε_θ(x_t, t)‖²
 
-   Dropping the factor in front gives the objective of this book: draw an image, a t and a noise,
-   and ask the network which noise it was,
+   (so does the last step, up to a constant, if σ₁² > 0). Dropping the factor in front gives the
+   objective of this book: draw an image, a t and a noise, and ask the network which noise it was,
 
         L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²
 
-   The dropped factor is largest at small t. Leaving it out spends less effort on noise that is too
-   faint to see and more on the shape of the digit, which makes better pictures [DDPM section 3.4].
+   In code it is the mean over the pixels, not the sum, so that the answer 0 scores 1. The dropped
+   factor is largest at small t. Leaving it out spends less effort on noise that is too faint to
+   see and more on the shape of the digit, which makes better pictures [DDPM section 3.4].
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021,
 arXiv 2102.09672. [VDM] Kingma, Salimans, Poole and Ho 2021, arXiv 2107.00630.
@@ -120,7 +127,7 @@ class NoiseSchedule:
 
     T             number of noisy steps, at least 2
     kind          "linear": β_t grows evenly from beta_start to beta_end    [DDPM section 4]
-                  "cosine": ᾱ_t follows a squared cosine                    [IDDPM Eq. 17]
+                  "cosine": ᾱ_t follows a squared cosine up to a cap        [IDDPM Eq. 17]
     beta_start    β_1 of the linear schedule, in (0, 1), and beta_end, its β_T
     allow_signal  accept a schedule that does not turn the image into pure noise
 
@@ -138,7 +145,12 @@ class NoiseSchedule:
         if kind == "linear":
             betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         elif kind == "cosine":
-            betas = cosine_betas(T)
+            # ᾱ_t = f(t)/f(0) falls more evenly than in the linear schedule, whose last quarter is
+            # almost pure noise. The offset 0.008 keeps the first steps from being too small, the
+            # cap at 0.999 keeps ᾱ_T above 0.
+            s = torch.arange(T + 1, dtype=torch.float64) / T
+            f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
             raise ValueError(f"unknown schedule {kind!r}; known are 'linear' and 'cosine'")
         self._fill(betas, allow_signal)
@@ -153,7 +165,7 @@ class NoiseSchedule:
     def _fill(self, betas: torch.Tensor, allow_signal: bool) -> None:
         if betas.dim() != 1 or len(betas) < 2:
             raise ValueError(f"betas must be a list of at least 2 steps, not {tuple(betas.shape)}")
-        # A β below 1e-16 would round α to 1, and the step would do nothing. NaN fails here too.
+        # A β below 5e-17 rounds α to 1, and the step would do nothing. NaN fails here too.
         if not ((1 - betas > 0) & (1 - betas < 1)).all():
             raise ValueError("every beta must lie strictly between 0 and 1; "
                              f"these run from {betas.min():g} to {betas.max():g}")
@@ -172,8 +184,8 @@ class NoiseSchedule:
             factor = math.log(MAX_SIGNAL**2) / math.log(self.alpha_bar[-1])
             raise ValueError(
                 f"{signal:.1%} of the image is left at t = T = {self.T}, but sampling starts from "
-                f"pure noise (at most {MAX_SIGNAL:.0%}); multiply the betas or T by about "
-                f"{factor:.1f}, use kind='cosine', or pass allow_signal=True to accept it")
+                f"pure noise (at most {MAX_SIGNAL:.0%}); take more steps or larger betas, about "
+                f"{factor:.2f} times, or the cosine schedule, or accept it with allow_signal=True")
 
         # β̃₀ has no meaning and stays 0. β̃₁ = 0 follows from ᾱ₀ = 1.            [DDPM Eq. 7]
         self.beta_tilde = torch.zeros_like(self.beta)
@@ -282,19 +294,6 @@ class NoiseSchedule:
         """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), float64, infinite at t = 0.        [VDM Eq. 2]"""
         alpha_bar = self.alpha_bar[self._check(t, lowest=0)]
         return alpha_bar / (1 - alpha_bar)
-
-
-def cosine_betas(T: int) -> torch.Tensor:
-    """β_1..β_T such that ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s) · π/2).   [IDDPM Eq. 17]
-
-    The signal falls more evenly than in the linear schedule, whose last quarter is almost pure
-    noise. The offset s keeps the first steps from being too small; the cap at 0.999 keeps ᾱ_T
-    above 0. Returns (T,) float64.
-    """
-    s = 0.008
-    t = torch.arange(T + 1, dtype=torch.float64)
-    f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ One step of training is Algorithm 1 of [DDPM]:
 The loss starts at 1, the variance of the noise, because an untrained network answers 0. It falls
 below 0.1 within the first hundred steps and then ever more slowly. It never reaches 0: from a
 noisy image nobody can tell exactly which part of it is noise. So a flat curve does not mean that
-nothing is learned. Nearly all of the late progress is in the third digit.
+nothing is learned. Late in training the loss changes only in its third and fourth decimal.
 
 Each epoch prints one line: the training loss (mean over the steps of the epoch, while the weights
 change), the held-out loss (averaged weights, digits not trained on, the same noise every time),
@@ -121,12 +121,12 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels for a batch: each uniform on 1..T, together evenly spread.            [VDM]
+    """Noise levels for a batch: each uniform on 1..T, together evenly spread.    [compare VDM]
 
     Independent draws leave gaps, and as the loss at small t is hundreds of times that at t = T,
     a batch with more small t looks worse than it is. So 1..T is cut into `count` equal strata, one
     draw is made in each, and the strata are dealt to the images at random. The expected gradient
-    is the same and its noise smaller. Returns (count,) int64.
+    is the same and its noise smaller. (VDM shifts one even grid at random instead.)
     """
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -210,26 +210,26 @@ def read(path: str | Path) -> dict:
     """Read a model file: plain tensors and numbers, never code (weights_only)."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] == 1:
-            return state
     except FileNotFoundError:
         raise FileNotFoundError(f"no model file {path}; python train.py makes one") from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
-        pass
-    raise ValueError(f"{path} is damaged or not a model file of this project; train a new one")
+        state = None
+    if not isinstance(state, dict) or state.get("format") != 1:
+        raise ValueError(f"{path} is damaged or not a model file of this project; train a new one")
+    return state
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Rebuild network and schedule from a model.pt or last.pt; ValueError if it is none."""
     state = read(path)
-    with torch.device("meta"):  # shapes only: random weights would be overwritten at once
-        model = UNet(**state["network"])
     try:
+        with torch.device("meta"):  # shapes only: random weights would be overwritten at once
+            model = UNet(**state["network"])
         model.load_state_dict(state["average"], assign=True)
-    except RuntimeError:
-        raise ValueError(f"the weights in {path} do not fit the UNet of unet.py; it was changed "
-                         "after they were trained, so train again") from None
-    config = Config(**state["config"])
+        config = Config(**state["config"])
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path} does not fit unet.py and train.py; they were changed after it "
+                         "was trained, so train again") from None
     return Checkpoint(model.eval(), NoiseSchedule(config.T, config.schedule), config,
                       state["history"])
 
@@ -243,6 +243,7 @@ def pick_device(name: str) -> torch.device:
     name = there[0] if name == "auto" else name
     if name.split(":")[0] not in there:
         raise ValueError(f"device {name!r} is not available; here: auto, {', '.join(there)}")
+    torch.backends.cudnn.allow_tf32 = False  # float32 on every device, not 10 bits of it on GPUs
     return torch.device(name)
 
 
@@ -250,7 +251,7 @@ def require_finite(loss: float, epoch: int, i: int) -> None:
     """Stop before a diverged network is saved over a good one."""
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1}, step {i + 1}; "
-                                 "the files of the epoch before are kept. Try a lower --lr")
+                                 "nothing was saved since the epoch before. Try a lower --lr")
 
 
 def train_epoch(epoch: int, model: UNet, average: UNet, optimizer: torch.optim.Adam,
@@ -303,8 +304,7 @@ def train(config: Config, resume: bool = False,
     Returns the history: lists "loss", "held_out" and "seconds" with an entry per epoch, and
     "step_loss" with one per step. Raises ValueError, RuntimeError, FloatingPointError or OSError.
     """
-    out = Path(config.out)
-    last = out / "last.pt"
+    out, last = Path(config.out), Path(config.out) / "last.pt"
     if last.exists() and not resume:
         raise ValueError(f"{out} holds a run already; go on with it by --resume, or name another "
                          "folder by --out")
@@ -327,12 +327,12 @@ def train(config: Config, resume: bool = False,
     # The weights come from the global generator, which is put back as it was found. All else comes
     # from one generator of our own. It lives on the CPU, so every device sees the same noise.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         model = UNet(**state["network"])
     average = copy.deepcopy(model).requires_grad_(False).to(device)
     model.to(device)
-    # The second β, 0.99 instead of 0.999, lets Adam forget old gradients within 100 steps: right
-    # for a short run, in which their size changes quickly.
+    # Adam's second decay rate (a "beta" too, but not β_t) is 0.99, not the usual 0.999: in a short
+    # run the gradients change quickly, and it forgets old ones within about 100 steps.
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     history = {"loss": [], "held_out": [], "seconds": [], "step_loss": []}
@@ -387,8 +387,9 @@ def main(argv: list[str] | None = None) -> None:
             config = Config(**{**read(Path(config.out) / "last.pt")["config"], **given})
         train(config, resume)
     except KeyboardInterrupt:
-        print(f"\nstopped; python train.py --resume --out {config.out} goes on from the last "
-              "epoch that was finished", file=sys.stderr)
+        how = ("the same command with --resume goes on from the last epoch that was finished"
+               if (Path(config.out) / "last.pt").exists() else "no epoch was finished")
+        print(f"\nstopped; {how}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

@@ -39,13 +39,12 @@ def test_grid_shows_the_samples(material):
         top, left = 2 + 30 * (k // 8), 2 + 30 * (k % 8)
         tile = torch.from_numpy(shown.get_array().data[top:top + 28, left:left + 28])
         assert torch.equal(tile, final[k, 0])
-    script.plt.close(figure)
 
 
 def test_trajectory_shows_noisy_images_above_predictions(material):
     """Upper row x_t, lower row x0_hat, t falling from T to 0, one grey scale everywhere."""
     figure = script.plot_trajectory(material)
-    levels = script.levels(20)
+    levels = script.shown_levels(20)
     columns = len(levels)
     assert levels[0] == 20 and levels[-1] == 0 and len(figure.axes) == 2 * columns
     for i, t in enumerate(levels):
@@ -54,7 +53,6 @@ def test_trajectory_shows_noisy_images_above_predictions(material):
             assert torch.equal(torch.from_numpy(ax.images[0].get_array().data), expected[0, 0])
             assert ax.images[0].get_clim() == (-1, 1)
         assert figure.axes[i].get_title() == f"t = {t}"
-    script.plt.close(figure)
 
 
 def test_loss_shows_history_and_the_blogs_numbers(material):
@@ -64,7 +62,6 @@ def test_loss_shows_history_and_the_blogs_numbers(material):
     assert blog == list(BLOG_LOSS)
     assert loss == material.checkpoint.history["loss"]
     assert held_out == material.checkpoint.history["held_out"]
-    script.plt.close(figure)
 
 
 def test_forward_process_says_whose_digits_it_shows(material, tiny_run, tmp_path):
@@ -79,7 +76,6 @@ def test_forward_process_says_whose_digits_it_shows(material, tiny_run, tmp_path
         assert word in figure.subfigs[0].get_suptitle()
         shown = figure.axes[0].images[0].get_array().data
         assert torch.equal(torch.from_numpy(shown), m.digits[0, 0])
-        script.plt.close(figure)
 
 
 def test_command_draws_what_is_named(tiny_run, tmp_path, capsys):

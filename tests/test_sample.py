@@ -400,6 +400,7 @@ def test_long_steps_are_steps_of_the_respaced_schedule(schedule, data):
     (lambda: p_step(LINEAR, ONE, 5, ONE, ONE, variance="large"), "known are beta_tilde, beta"),
     (lambda: p_step(LINEAR, ONE, 0, ONE, ONE), "t must lie in 1..1000"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], sampler="euler")), "known is ddpm"),
+    (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], variance="large")), "known are beta_t"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [])), "no seeds"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], steps=11)), "between 1 and 10"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], start=(11, ONE))), "t in 1..10"),
@@ -415,7 +416,8 @@ def test_seeds_are_numbers_and_ranges():
     """'0-3,7' is 0, 1, 2, 3, 7; anything else is refused."""
     import argparse
     assert parse_seeds("0-3,7") == [0, 1, 2, 3, 7] and parse_seeds("5") == [5]
-    for text in ("", "a", "1-", "-3", "3-1", "5,3-1", "1.5", "1,,2", str(2**63), "0x1"):
+    for text in ("", "a", "1-", "-3", "3-1", "5,3-1", "1.5", "1,,2", str(2**63), "0x1",
+                 "0-99999999"):
         with pytest.raises(argparse.ArgumentTypeError):
             parse_seeds(text)
 
@@ -438,6 +440,7 @@ def test_command_writes_a_picture(tiny_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, status", [
     (["--seeds", "x"], 2), (["--variance", "huge"], 2), (["--steps", "0"], 1),
+    (["--out", "digits"], 1),
     (["--device", "abacus"], 1), (["--checkpoint", "missing.pt"], 1)])
 def test_wrong_options_exit_with_one_line(argv, status, tiny_run, tmp_path, capsys):
     """Exit status 2 for usage, 1 for the rest, and no picture."""

@@ -306,8 +306,8 @@ class Evil:
         return print, ("code from a model file was run",)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "code",
-                                    "other size"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "tensor",
+                                    "code", "other size", "other options"])
 def test_damaged_model_files_are_refused(damage, tiny_run, tmp_path, capsys):
     """One line that names the file, whatever is wrong with it; code in it is never run."""
     path = tmp_path / "model.pt"
@@ -316,8 +316,14 @@ def test_damaged_model_files_are_refused(damage, tiny_run, tmp_path, capsys):
         state = script.read(tiny_run / "model.pt")
         state["network"]["channels"] = [16, 16, 16]
         save(path, state)
+    elif damage == "other options":
+        state = script.read(tiny_run / "model.pt")
+        state["network"]["depth"] = 3
+        save(path, state)
     elif damage == "foreign":
         torch.save({"weight": torch.zeros(3)}, path)
+    elif damage == "tensor":
+        torch.save(torch.zeros(3), path)
     elif damage == "code":
         path.write_bytes(pickle.dumps(Evil(), protocol=2))
     elif damage != "missing":
@@ -371,11 +377,12 @@ def test_wrong_options_are_one_line_on_standard_error(argv, status, message, tmp
 
 
 def test_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    """Ctrl-C exits with 130 and names the command that resumes."""
+    """Ctrl-C exits with 130 and says how to go on, if there is anything to go on from."""
     def stop(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(script, "train", stop)
-    with pytest.raises(SystemExit) as exit_:
-        script.main(["--out", str(tmp_path)])
-    assert exit_.value.code == 130
-    assert f"--resume --out {tmp_path}" in capsys.readouterr().err
+    for message in ("no epoch was finished", "the same command with --resume"):
+        with pytest.raises(SystemExit) as exit_:
+            script.main(["--out", str(tmp_path)])
+        assert exit_.value.code == 130 and message in capsys.readouterr().err
+        (tmp_path / "last.pt").touch()
