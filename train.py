@@ -17,9 +17,8 @@ below 0.1 within the first hundred steps and then ever more slowly. It never rea
 noisy image nobody can tell exactly which part of it is noise. So a flat curve does not mean that
 nothing is learned. Late in training the loss changes only in its third and fourth decimal.
 
-Each epoch prints one line: the training loss (mean over the steps of the epoch, while the weights
-change), the held-out loss (averaged weights, digits not trained on, the same noise every time),
-and what the plain network of the blog had reached by then. Two files are written:
+Each epoch prints the training loss (the mean over its steps), the held-out loss (averaged weights,
+digits not trained on, the same noise every time) and the blog's. Two files are written:
 
     model.pt    the averaged weights, for sample.py and plots.py
     last.pt     everything that is needed to go on as if training had never stopped
@@ -29,6 +28,7 @@ Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma et al. 2021, arXi
 
 import argparse
 import copy
+import ctypes
 import dataclasses
 import math
 import os
@@ -123,10 +123,9 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
     """Noise levels for a batch: each uniform on 1..T, together evenly spread.    [compare VDM]
 
-    Independent draws leave gaps, and as the loss at small t is hundreds of times that at t = T,
-    a batch with more small t looks worse than it is. So 1..T is cut into `count` equal strata, one
-    draw is made in each, and the strata are dealt to the images at random. The expected gradient
-    is the same and its noise smaller. (VDM shifts one even grid at random instead.)
+    Independent draws leave gaps, and as the loss is largest at small t, a batch with more of them
+    looks worse than it is. So 1..T is cut into `count` equal strata, one draw is made in each, and
+    they are dealt to the images at random. The expected gradient is the same, its noise smaller.
     """
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -181,8 +180,6 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
     return total / images.numel()
 
 
-# ------------------------------------------------------------------------------------ model files
-
 @dataclass
 class Checkpoint:
     """What a model file holds. The model has the averaged weights and is in eval mode."""
@@ -234,8 +231,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                       state["history"])
 
 
-# --------------------------------------------------------------------------------------- the loop
-
 def pick_device(name: str) -> torch.device:
     """The device of that name, or ValueError; "auto" is the first of cuda, mps, cpu there is."""
     there = [device for device, here in (("cuda", torch.cuda.is_available()),
@@ -244,6 +239,11 @@ def pick_device(name: str) -> torch.device:
     if name.split(":")[0] not in there:
         raise ValueError(f"device {name!r} is not available; here: auto, {', '.join(there)}")
     torch.backends.cudnn.allow_tf32 = False  # float32 on every device, not 10 bits of it on GPUs
+    if name == "cpu" and sys.platform == "linux":
+        # The C library would give the memory of each layer back to Linux and then get it again,
+        # zeroed, for the next. Keeping it makes sampling on two cores 1.5 times as fast.
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: ask the heap, not Linux
     return torch.device(name)
 
 
@@ -301,8 +301,8 @@ def train(config: Config, resume: bool = False,
     resume  go on from config.out/last.pt, bit for bit as if never stopped
     images  training and held-out images, uint8 (N, 1, 28, 28) each; MNIST if None
 
-    Returns the history: lists "loss", "held_out" and "seconds" with an entry per epoch, and
-    "step_loss" with one per step. Raises ValueError, RuntimeError, FloatingPointError or OSError.
+    Returns the history: lists "loss", "held_out" and "seconds" by epoch, "step_loss" by step.
+    Raises ValueError, RuntimeError, FloatingPointError or OSError.
     """
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if last.exists() and not resume:
