@@ -34,7 +34,7 @@ from matplotlib.figure import Figure  # without pyplot: no screen, no state that
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from sample import open_checkpoint, sample
+from sample import SHIPPED, open_checkpoint, sample
 from schedule import NoiseSchedule
 from train import BLOG_LOSS, HERE, Checkpoint, from_uint8, load_images, pick_device
 from unet import timestep_embedding
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unknown figure {unknown[0]!r}; known are {', '.join(FIGURES)}")
     try:
         path, checkpoint = open_checkpoint(args.checkpoint)
-        shipped = path.resolve().parent == HERE / "pretrained"
+        shipped = path.resolve().parent == SHIPPED.parent
         folder = Path(args.out or (HERE if shipped else path.parent) / "figures")
         material = gather(checkpoint, names, args.data, args.device)
         for name in names:

@@ -58,6 +58,7 @@ from schedule import NoiseSchedule
 from train import HERE, Checkpoint, load_checkpoint, pick_device, to_uint8
 
 VARIANCES = ("beta_tilde", "beta", "zero")
+SHIPPED = HERE / "pretrained" / "model.pt"
 
 
 def predict_clean(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
@@ -180,10 +181,10 @@ def open_checkpoint(name: str | None) -> tuple[Path, Checkpoint]:
     """
     path = Path(name or HERE / "runs" / "mnist" / "model.pt")
     if name is None and not path.exists():
-        path = HERE / "pretrained" / "model.pt"
+        path = SHIPPED
     checkpoint = load_checkpoint(path)
     if name is None and len(checkpoint.history["loss"]) < checkpoint.config.epochs:
-        path = HERE / "pretrained" / "model.pt"
+        path = SHIPPED
         checkpoint = load_checkpoint(path)
     print(f"{path}: {len(checkpoint.history['loss'])} epochs, held-out loss "
           f"{checkpoint.history['held_out'][-1]:.4f}", flush=True)
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         path, checkpoint = open_checkpoint(args.checkpoint)
         model = checkpoint.model.to(pick_device(args.device))
         # Pictures of a run belong beside it, those of the shipped model not among shipped files.
-        shipped = path.resolve().parent == HERE / "pretrained"
+        shipped = path.resolve().parent == SHIPPED.parent
         folder = HERE / "runs" / "pretrained" if shipped else path.parent
         out = Path(args.out or folder / "samples.png")
         if out.suffix.lower() != ".png":  # say so before sampling, not after

@@ -317,9 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'t':>5} {'mean':>10} {'closed':>10} {'std':>10} {'closed':>10}")
     generator = torch.Generator().manual_seed(0)
     x = torch.full((chains, 1, 1, 1), x0, dtype=torch.float64)
+    shown = {round(schedule.T * k / 5) for k in range(1, 6)}
     for t in range(1, schedule.T + 1):
         x = schedule.q_step(x, t, torch.randn(x.shape, generator=generator, dtype=x.dtype))
-        if t in {round(schedule.T * k / 5) for k in range(1, 6)}:
+        if t in shown:
             mean, std = schedule.alpha_bar[t].sqrt() * x0, (1 - schedule.alpha_bar[t]).sqrt()
             print(f"{t:5d} {x.mean():10.4f} {mean:10.4f} {x.std():10.4f} {std:10.4f}")
     print(f"(random chains agree to about {2 / chains**0.5:.3f}; the tests show it exactly)")
