@@ -100,11 +100,29 @@ def test_t_matters(seed, ts):
 def test_every_block_is_told_t():
     """Each residual block alone answers differently to two time features."""
     blocks = [m for m in MODEL.modules() if isinstance(m, script.ResidualBlock)]
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     for block in blocks:
         x = normal(0, 1, block.conv1.in_channels, 4, 4)
         a, b = (block(x, normal(seed, 1, block.film.in_features)) for seed in (1, 2))
         assert (a - b).abs().max() > 1e-3
+
+
+@settings(max_examples=8)
+@given(SEED, st.integers(1, 1000))
+def test_gain_adds_a_multiple_of_the_input(seed, t):
+    """eps_hat = echo(t) x_t + (1 + scale(t)) head: with the head at zero, a multiple of x_t."""
+    model = seeded(UNet, seed)
+    with torch.no_grad():
+        for p in model.gain.parameters():
+            p.copy_(normal(seed, *p.shape))
+        xt, t = normal(seed, 1, 1, 8, 8), torch.tensor([t])
+        time = model.time_mlp(timestep_embedding(t, 36).double())
+        echo = (model.gain.weight[0] * time[0]).sum() + model.gain.bias[0]
+        assert (model(xt, t) - echo * xt).abs().max() < 1e-12
+        model.head[2].bias.fill_(0.7)
+        scale = (model.gain.weight[1] * time[0]).sum() + model.gain.bias[1]
+        assert (model(xt, t) - echo * xt
+                - (1 + scale) * model.head[2].bias).abs().max() < 1e-12
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -187,6 +205,7 @@ def test_embedding_equals_its_formula(t, dim):
     (lambda: MODEL(normal(0, 2, 1, 28, 28), torch.tensor(1)), "one for each image"),
     (lambda: UNet(channels=(20, 32, 64)), "multiples of groups"),
     (lambda: UNet(channels=(24, 32, 60), groups=4, heads=8), "multiples of groups"),
+    (lambda: UNet(channels=(8, 16)), "one number for each resolution"),
     (lambda: UNet(embedding=5)(torch.zeros(1, 1, 4, 4), torch.tensor([1])), "even dimension"),
 ])
 def test_sizes_that_do_not_fit_are_refused(call, message):
