@@ -14,20 +14,25 @@ of Algorithm 2 of [DDPM]:
     4. draw from it:                                     x_{t-1} = μ̃_t + σ_t z,   z ~ N(0, 1)
        with σ_t² = β̃_t, or as --variance says
 
-Why 1,000 steps, if step 2 already guesses the clean image? Because at large t the guess is poor. A
-network trained on squared errors answers with a mean: of all digits that the noisy image could have
-come from, weighted by their probability. That is a grey blur. A step moves only a little towards
-it; then the network looks again, at a slightly clearer image.
+Why 1,000 steps, if line 2 of each already guesses the clean image? Because at large t the guess is
+poor. The best answer in squared error is a mean, here of the noise given x_t. As x̂₀ is linear in
+ε̂, it is a mean too: of all digits that the noisy image could have come from, weighted by their
+probability. That is a grey blur. A step moves only a little towards it; then the network looks
+again, at a slightly clearer image. Longer steps are less like the Gaussians of line 4, which need a
+small β.
 
-Why add noise in step 4? Because x_{t-1} must be as noisy as the images that the network saw at t-1
-in training: given x₀, its noise must have variance 1-ᾱ_{t-1}. The mean μ̃_t alone has less, namely
-α_t (1-ᾱ_{t-1})² / (1-ᾱ_t), and β̃_t is exactly what is missing. Without it the spread is lost step
-by step: for Gaussian data of variance λ², a perfect network and no clipping, the chain ends
-with a standard deviation of about √ᾱ_T λ² instead of λ. tests/test_sample.py has the exact law.
+Why add noise in line 4? Because x_{t-1} must be as noisy as the images that the network saw at t-1
+in training: given x₀, its noise must have variance 1-ᾱ_{t-1}. The mean μ̃_t alone has less. It
+contains x_t, with noise of variance 1-ᾱ_t, times √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t). That leaves a variance
+of α_t (1-ᾱ_{t-1})² / (1-ᾱ_t), and β̃_t is exactly what is missing. Without it the spread is lost
+step by step. For Gaussian data of variance λ², a perfect network and no clipping, a step multiplies
+deviations from the mean by √α_t v_{t-1}/v_t with v_t = ᾱ_t λ² + 1-ᾱ_t. All steps together multiply
+them by √ᾱ_T λ²/v_T, which is 0.006 λ² here. tests/test_sample.py checks this law.
 
-Which σ_t²? If x₀ is a single known point, β̃_t is exact. If the data are standard normal noise, β_t
-is exact. Pixels in [-1, 1] have a variance of at most 1, so the best choice lies between [DDPM
-section 3.2]. The two differ only at small t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100.
+Which σ_t²? The best is β̃_t plus the mean squared error that not knowing x₀ leaves in μ̃_t. If x₀
+is a single known point, that error is 0 and β̃_t is exact. If the data are standard normal noise,
+β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have a variance of at most 1, so the best choice
+lies between. It matters only at small t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100.
 
 Why no noise in the last step? x₀ is the result. Noise on it would only be noise on the picture.
 
@@ -36,7 +41,8 @@ Why clip x̂₀ to [-1, 1]? Pixels cannot lie outside. At t = T a mistake of 0.0
 up. Clipping takes away what is certainly wrong; where no pixel is out of range it changes nothing.
 
 ONE SEED, ONE DIGIT. Image k takes all its noise from its own generator, seeded by its own seed, on
-the CPU. So seed 7 gives the same digit, up to rounding, alone or among others, on any device.
+the CPU. So seed 7 gives the same image, up to rounding, alone or among others, on any device. Which
+digit that is cannot be chosen; it need not be a 7.
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv
 2102.09672.
@@ -75,7 +81,7 @@ def predict_clean(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.T
 def p_step(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
            noise: torch.Tensor, t_prev=None, variance: str = "beta_tilde",
            clip: bool = True) -> torch.Tensor:
-    """Take one step back, x_t -> x_{t-1}.                 [DDPM Algorithm 2, lines 3 and 4]
+    """Take one step back, x_t -> x_{t-1}.                               [DDPM Algorithm 2]
 
     xt        (B, C, H, W) images at noise level t
     t         int or (B,) integers in 1..T

@@ -21,8 +21,8 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
         q(x_t | x_{t-1}) = N(x_t; √(1-β_t) x_{t-1}, β_t),   so   x_t = √(1-β_t) x_{t-1} + √β_t ε_t
 
    where ε_t is standard normal noise. The factor √(1-β_t) shrinks the image while √β_t ε_t adds
-   noise. The two are matched: if x_{t-1} has variance 1, so has x_t, since (1-β_t)·1 + β_t = 1.
-   Without the shrinking, the values would grow with every step.
+   noise. The two are matched: if a pixel of x_{t-1}, over all images and noises, has variance 1, so
+   has that of x_t, since (1-β_t)·1 + β_t = 1. Without the shrinking, values would grow and grow.
 
 2. Many steps at once                                                              [DDPM Eq. 4]
 
@@ -36,21 +36,20 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
             = √ᾱ_t x₀ + [ √α_t √(1-ᾱ_{t-1}) ε + √β_t ε_t ]
 
    The bracket is a sum of two independent Gaussians, hence Gaussian, and variances add:
-   α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So it is √(1-ᾱ_t) times a new standard
-   normal, again called ε. Training can jump straight to any t. At the end ᾱ_T is nearly 0: x_T is
-   pure noise, and that is where sampling starts. Turned around, the formula reads
+   α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So it is √(1-ᾱ_t) times a standard normal,
+   again called ε. At the end ᾱ_T is nearly 0, x_T pure noise. Turned around, the formula reads
 
         x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t          ε = (x_t - √ᾱ_t x₀) / √(1-ᾱ_t)
 
-3. One step back, if x₀ were known                                             [DDPM Eq. 6 and 7]
+3. One step back, if x₀ were known                                     [DDPM Eq. 6] [DDPM Eq. 7]
 
    To sample we need q(x_{t-1} | x_t), but it depends on the unknown law of all digits. With x₀
    given, the step back can be computed. It is Gaussian; call its mean μ̃_t and its variance β̃_t.
    By Bayes' rule, q(x_{t-1} | x_t, x₀) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x₀), because
    x_t depends on x₀ only through x_{t-1}. As functions of y = x_{t-1} these two Gaussians multiply,
-   for t ≥ 2, to exp(-E/2) with
+   for t ≥ 2 and up to a factor without y, to exp(-S/2) with
 
-        E = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
+        S = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
           = y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ]  -  2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ]  + ...
 
    where the dots do not contain y. Completing the square means matching this with
@@ -63,7 +62,7 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
         μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) · x₀  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) · x_t
 
    At t = 1 nothing is left to compute: x₀ is given, so the mean is x₀ and the variance 0. The two
-   formulas say the same. The last step back adds no noise.
+   formulas say the same. With the variance β̃_t the last step back adds no noise.
 
 4. The same mean in terms of the noise                                            [DDPM Eq. 11]
 
@@ -75,38 +74,42 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
    The 1/√α_t undoes the shrinking of step t, the bracket removes a share of the noise.
 
-5. What to train: from the likelihood to a plain mean squared error      [DDPM Eq. 3, 5, 8, 12, 14]
+5. What to train: from the likelihood to a plain mean squared error
 
-   The model runs backwards from noise: p(x_T) = N(0, 1), p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t²).
-   A Gaussian can do this because β_t is small: the exact q(x_{t-1} | x_t) is then nearly one. The
-   model's likelihood of an image is the mean over q of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀). By
-   Jensen's inequality (-log of a mean is at most the mean of -log),
+   Training should make p_θ(x₀) large for real digits. The model runs backwards from noise: it has
+   p(x_T) = N(0, 1) and p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t²), with a σ_t² that is chosen, not
+   learned. A Gaussian can do this where β_t is small: q(x_{t-1} | x_t) is then nearly Gaussian. So
+   p_θ(x₀, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1}|x_t), and p_θ(x₀) is its integral over x₁, ..., x_T,
+   which is the mean over q of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀). By Jensen's inequality -log
+   of a mean is at most the mean of -log,                                           [DDPM Eq. 3]
 
       -log p_θ(x₀) ≤ E_q[ -log p(x_T) - Σ_{t≥1} log p_θ(x_{t-1}|x_t) + Σ_{t≥1} log q(x_t|x_{t-1}) ]
 
    By Bayes' rule, q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x₀) q(x_t|x₀) / q(x_{t-1}|x₀) for t ≥ 2. In the
    sum of logarithms the last two factors telescope to q(x_T|x₀) / q(x₁|x₀), and the term of t = 1
-   cancels q(x₁|x₀). With KL(q ‖ p) = E_q[log q - log p], which is 0 only if q = p, what is left is
+   cancels q(x₁|x₀). With the divergence KL(q ‖ p) = E_q[log q - log p], at least 0 and 0 only if
+   q = p, what is left is
 
         KL( q(x_T|x₀) ‖ p(x_T) )                          x_T against pure noise: no θ in it
       + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   the learned steps against the exact
       - log p_θ(x₀|x₁)                                    the last step
 
-   where each term is averaged over q. The KL of two Gaussians with fixed variances depends on
-   their means alone, as ‖μ̃_t - μ_θ‖² / 2σ_t² plus a constant. Let μ_θ have the form of section 4
-   with a network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels,
-   μ̃_t - μ_θ = -β_t / [√α_t √(1-ᾱ_t)] · (ε - ε_θ), and the term for t becomes
+   where each term is averaged over q [DDPM Eq. 5]. Under the exact step (x_{t-1} - μ_θ)² has the
+   mean β̃_t + (μ̃_t - μ_θ)². So the KL of the two Gaussians, whose variances are fixed, is
+   ‖μ̃_t - μ_θ‖² / 2σ_t² plus a constant [DDPM Eq. 8]. Let μ_θ have the form of section 4 with a
+   network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels, μ̃_t - μ_θ is the factor
+   -β_t / [√α_t √(1-ᾱ_t)] times (ε - ε_θ), and the term for t becomes
 
-        β_t² / [ 2 σ_t² α_t (1-ᾱ_t) ] · ‖ε - ε_θ(x_t, t)‖²
+        β_t² / [ 2 σ_t² α_t (1-ᾱ_t) ] · ‖ε - ε_θ(x_t, t)‖²                         [DDPM Eq. 12]
 
-   (so does the last step, up to a constant, if σ₁² > 0). Dropping the factor in front gives the
-   objective of this book: draw an image, a t and a noise, and ask the network which noise it was,
+   (so does the last step, up to a constant, if σ₁² > 0; the sampler leaves its noise out). Dropping
+   the factor gives the objective: draw an image, a t, a noise, and ask the network for that noise,
 
-        L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²
+        L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²                           [DDPM Eq. 14]
 
-   In code it is the mean over the pixels, not the sum, so that the answer 0 scores 1. The dropped
-   factor is largest at small t. Leaving it out spends less effort on noise that is too faint to
-   see and more on the shape of the digit, which makes better pictures [DDPM section 3.4].
+   In code it is the mean over the pixels, not the sum, so that the answer 0 scores 1. In the linear
+   schedule the dropped factor is largest at small t. Leaving it out spends less effort on noise too
+   faint to see and more on the shape of the digit: better pictures (DDPM, section 3.4).
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021,
 arXiv 2102.09672. [VDM] Kingma, Salimans, Poole and Ho 2021, arXiv 2107.00630.
@@ -117,8 +120,8 @@ import math
 
 import torch
 
-# √ᾱ_T is the share of the image that survives at t = T. Sampling starts from pure noise, so what
-# survives is a mismatch between training and sampling. The default schedule leaves 0.006.
+# √ᾱ_T is the share of the image that is left at t = T, by default 0.006. Sampling starts from pure
+# noise, so what is left is a mismatch between training and sampling.
 MAX_SIGNAL = 0.02
 
 
@@ -127,7 +130,7 @@ class NoiseSchedule:
 
     T             number of noisy steps, at least 2
     kind          "linear": β_t grows evenly from beta_start to beta_end    [DDPM section 4]
-                  "cosine": ᾱ_t follows a squared cosine up to a cap        [IDDPM Eq. 17]
+                  "cosine": ᾱ_t follows a squared cosine, all β_t ≤ 0.999   [IDDPM Eq. 17]
     beta_start    β_1 of the linear schedule, in (0, 1), and beta_end, its β_T
     allow_signal  accept a schedule that does not turn the image into pure noise
 
@@ -251,7 +254,7 @@ class NoiseSchedule:
 
     def q_posterior(self, x0: torch.Tensor, xt: torch.Tensor, t,
                     t_prev=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The exact step back, q(x_{t-1} | x_t, x₀).                        [DDPM Eq. 6 and 7]
+        """The exact step back, q(x_{t-1} | x_t, x₀).                [DDPM Eq. 6] [DDPM Eq. 7]
 
         x0, xt     clean images, or a guess at them, and the same at noise level t
         t, t_prev  0 <= t_prev < t <= T; t_prev is t - 1 if None. A smaller t_prev gives
@@ -263,10 +266,10 @@ class NoiseSchedule:
         t = self._check(t, lowest=1)
         t_prev = t - 1 if t_prev is None else self._check(t_prev, lowest=0)
         beta = self.step_beta(t, t_prev)
-        noise, noise_before = 1 - self.alpha_bar[t], 1 - self.alpha_bar[t_prev]
-        x0_weight = self._match(self.alpha_bar[t_prev].sqrt() * beta / noise, xt)
-        xt_weight = self._match((1 - beta).sqrt() * noise_before / noise, xt)
-        return x0_weight * x0 + xt_weight * xt, self._match(beta * noise_before / noise, xt)
+        v, v_prev = 1 - self.alpha_bar[t], 1 - self.alpha_bar[t_prev]  # variance of the noise
+        x0_weight = self._match(self.alpha_bar[t_prev].sqrt() * beta / v, xt)
+        xt_weight = self._match((1 - beta).sqrt() * v_prev / v, xt)
+        return x0_weight * x0 + xt_weight * xt, self._match(beta * v_prev / v, xt)
 
     def predict_x0(self, xt: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
         """The clean image, if eps is the noise in x_t: section 2 solved for x₀.
@@ -274,8 +277,8 @@ class NoiseSchedule:
         xt   images at noise level t, in 0..T; at t = 0 the result is xt itself
         eps  the noise, or a network's guess at it
 
-        Returns x₀ or x̂₀. An error in eps comes out √(1-ᾱ_t)/√ᾱ_t times as large: 157 times at
-        t = T of the default schedule.
+        Returns x₀, or x̂₀ if eps is a guess. An error in eps comes out √(1-ᾱ_t)/√ᾱ_t times as
+        large: 157 times at t = T of the default schedule.
         """
         signal, noise = self._signal_and_noise(t, xt, lowest=0)
         return (xt - noise * eps) / signal
@@ -311,19 +314,16 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{t:5d} {schedule.beta[t]:10.6f} {schedule.alpha_bar[t]:11.4g} {decibel:9.1f} "
               f"{schedule.beta_tilde[t]:11.6f}")
 
-    # Noise one pixel step by step, in many independent chains, and look at their mean and spread.
     x0, chains = 0.5, 20_000
-    print(f"\n{chains:,} chains of single steps from a pixel x0 = {x0}, beside the closed form:")
+    print(f"\n{chains:,} chains of random single steps from x0 = {x0}, beside the closed form:")
     print(f"{'t':>5} {'mean':>10} {'closed':>10} {'std':>10} {'closed':>10}")
     generator = torch.Generator().manual_seed(0)
     x = torch.full((chains, 1, 1, 1), x0, dtype=torch.float64)
-    shown = {round(schedule.T * k / 5) for k in range(1, 6)}
     for t in range(1, schedule.T + 1):
         x = schedule.q_step(x, t, torch.randn(x.shape, generator=generator, dtype=x.dtype))
-        if t in shown:
+        if t in {round(schedule.T * k / 5) for k in range(1, 6)}:
             mean, std = schedule.alpha_bar[t].sqrt() * x0, (1 - schedule.alpha_bar[t]).sqrt()
             print(f"{t:5d} {x.mean():10.4f} {mean:10.4f} {x.std():10.4f} {std:10.4f}")
-    print(f"(random chains agree to about {2 / chains**0.5:.3f}; the tests show it exactly)")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ One step of training is Algorithm 1 of [DDPM]:
 
 The loss starts at 1, the variance of the noise, because an untrained network answers 0. It falls
 below 0.1 within the first hundred steps and then ever more slowly. It never reaches 0: from a
-noisy image nobody can tell exactly which part of it is noise. So a flat curve does not mean that
-nothing is learned. Late in training the loss changes only in its third and fourth decimal.
+noisy image nobody can tell exactly which part of it is noise. Most of the loss is this unavoidable
+part, so what is still learned late in training changes only its third and fourth decimal.
 
 Each epoch prints the training loss (the mean over its steps), the held-out loss (averaged weights,
 digits not trained on, the same noise every time) and the blog's. Two files are written:
@@ -48,7 +48,7 @@ from unet import UNet
 
 HERE = Path(__file__).resolve().parent
 
-# Mean training loss after epochs 1..15, as published in Part 3 of the blog series.
+# Mean training loss of epochs 1..15, from Part 3 of the blog series that the README names.
 BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0716, 0.0693,
              0.0686, 0.0670, 0.0644, 0.0632, 0.0619)
 
@@ -68,7 +68,7 @@ class Config:
     lr: float = option(2e-3, "peak learning rate of Adam", 1e-9, 1)
     warmup: float = option(0.04, "share of the steps in which the rate rises to its peak", 0, 1)
     ema: float = option(0.999, "decay of the weight average, per step", 0, 0.999999)
-    clip: float = option(1.0, "longest gradient; others are shortened", 1e-9, math.inf)
+    clip: float = option(1.0, "greatest length of the gradient", 1e-9, math.inf)
     T: int = option(1000, "noisy steps", 2, 10**6)
     schedule: str = option("linear", "noise schedule, linear or cosine")
     seed: int = option(0, "seed of weights, order of the images, and all noise", 0, 2**63 - 1)
@@ -136,8 +136,8 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
 def learning_rate(step: int, steps: int, config: Config) -> float:
     """The learning rate of step 0..steps-1: a straight rise, then half a cosine down to 0.
 
-    The rise is there because Adam's running averages mean little in the first steps. The fall lets
-    the weights settle: at a constant rate they would keep jumping about the minimum.
+    Adam moves a weight by this rate times the running mean of its gradient over the root of that of
+    its squares; means of few steps say little, hence the rise. The fall lets the weights settle.
     """
     rise = max(1, round(config.warmup * steps))
     fall = 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
@@ -149,8 +149,8 @@ def update_average(average: UNet, model: UNet, step: int, decay: float) -> None:
     """Move the averaged weights a little towards the current ones, after step 0, 1, 2, ...
 
     The weights jitter around a good place, and their average is nearer to it than any one of them.
-    With decay 0.999 it looks back about 1,000 steps. At the beginning that would be mostly the
-    random initial weights, so the decay starts at 0.1 and rises.
+    At the beginning an average over 1,000 steps would be mostly the random initial weights, so the
+    decay starts at 0.1 and rises, to 0.9987 after 7,020 steps. Longer runs reach the 0.999.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for mean, weight in zip(average.parameters(), model.parameters()):
@@ -209,7 +209,7 @@ def read(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"no model file {path}; python train.py makes one") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
         state = None
     if not isinstance(state, dict) or state.get("format") != 1:
         raise ValueError(f"{path} is damaged or not a model file of this project; train a new one")
@@ -250,8 +250,8 @@ def pick_device(name: str) -> torch.device:
 def require_finite(loss: float, epoch: int, i: int) -> None:
     """Stop before a diverged network is saved over a good one."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1}, step {i + 1}; "
-                                 "nothing was saved since the epoch before. Try a lower --lr")
+        raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1}, step {i + 1}; good "
+                                 "files are kept; train anew with a lower --lr and another --out")
 
 
 def train_epoch(epoch: int, model: UNet, average: UNet, optimizer: torch.optim.Adam,

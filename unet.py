@@ -1,7 +1,7 @@
 """Part 2. The network: it looks at a noisy image and says what the noise was.
 
 Given x_t and t, the network returns ε_θ(x_t, t), its estimate of the noise ε inside x_t. Any
-function from images to images will do; this one is a UNet, the shape that works best on pictures.
+trainable function of an image and t that returns an image will do; a UNet is the common choice.
 
     python unet.py        the network as a table: output shape, parameters, multiply-adds
 
@@ -13,6 +13,10 @@ The plan, with the size of the image at each stage:
                                 │ half the size                      │ twice the size
                    7x7          └─ 2 blocks ─ keep ─ attention ─ merge ─ 2 blocks ─ attention
 
+The stem and the head are the first and the last convolution, "merge" stacks two images and mixes
+them. What the head says is scaled, and a multiple of x_t added; t chooses both numbers. An "image"
+inside the network has many channels: one array of numbers for each filter of the layer before.
+
 Each part answers a need:
 
   * Whether a dark spot is noise or the edge of a stroke depends on what is around it. Halving the
@@ -22,8 +26,8 @@ Each part answers a need:
     kept on the way down and given to the way up, stacked as further channels ("skip connection").
   * How much noise to expect depends on t, at every depth. So every block is told t.
   * Strokes in opposite corners belong to the same digit. Attention at 7x7 lets every place look
-    at every other place. Which digit it will be is decided there, so that size has two blocks a
-    side where the others have one.
+    at every other place. At that size the shape is seen as a whole and weights cost little time,
+    so it has two blocks a side where the others have one.
 
 The default network has 324,705 parameters, as many as the plain network of the blog that this book
 follows. Where they stand matters: a weight of a convolution is used 784 times at 28x28 but 49
@@ -66,9 +70,9 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 def zero(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     """Set a layer's weights to zero.
 
-    Used for the last layer of each block. The block then adds nothing at first, the whole network
-    starts as a simple one and grows its depth as training finds use for it. With the head at zero
-    too, the untrained network answers 0, and the loss starts at mean(ε²) = 1.
+    Used for the last layer of each block, which then adds nothing at first: the network starts as a
+    simple one. A zero weight still learns, since its gradient depends on its input, not on itself.
+    With head and gain at zero too, the untrained network answers 0, and the loss is mean(ε²) = 1.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -83,8 +87,12 @@ class ResidualBlock(nn.Module):
 
     channels    C, in and out, a multiple of groups
     time_width  width of the time features
-    groups      GroupNorm normalises channels in this many groups. It works on one image at a time.
-                BatchNorm would mix images of different t, whose statistics differ.
+    groups      GroupNorm brings each of this many groups of channels to mean 0 and variance 1,
+                then rescales. It works on one image at a time. BatchNorm would mix images of
+                different t, whose statistics differ.
+
+    SiLU, x/(1 + exp(-x)), bends the values between two convolutions. Without such a bend they
+    could be multiplied out to a single one.
     """
 
     def __init__(self, channels: int, time_width: int, groups: int):

@@ -36,6 +36,7 @@ def tiny_run(tmp_path_factory):
     import strategies
     import train
     out = tmp_path_factory.mktemp("run")
-    train.train(train.Config(epochs=1, batch_size=8, T=20, schedule="cosine", out=str(out)),
+    train.train(train.Config(epochs=1, batch_size=8, T=20, schedule="cosine", out=str(out),
+                             device="cpu"),
                 images=(strategies.pictures(16), strategies.pictures(8, seed=1)))
     return out

@@ -132,7 +132,7 @@ ATTENTION = seeded(lambda: Attention(16, 4, 8), redraw=True)
 
 @given(SEED)
 def test_attention_weights_are_averages(seed):
-    """Each row of the attention matrix is positive and sums to 1. [Attention section 3.2]"""
+    """Each row of the attention matrix is positive and sums to 1."""
     weights = ATTENTION.weights(normal(seed, 2, 16, 3, 3))
     assert weights.shape == (2, 4, 9, 9)
     assert (weights > 0).all() and (weights.sum(dim=-1) - 1).abs().max() < 1e-12
@@ -151,7 +151,7 @@ def test_attention_does_not_know_where_places_are(seed):
 
 
 def test_attention_equals_plain_loops():
-    """softmax(q k / sqrt(d)) v for one head after the other, place by place, with Python loops."""
+    """softmax(q k / sqrt(d)) v, head by head, place by place, in loops. [Attention section 3.2]"""
     x = normal(0, 1, 16, 2, 2)
     normed = ATTENTION.norm(x).flatten(2)[0]  # (16, 4)
     q, k, v = (torch.stack([m.weight[:, :, 0, 0] @ normed[:, i] + (m.bias if m.bias is not None
