@@ -231,7 +231,7 @@ def test_loss_falls(tmp_path):
     history = script.train(small(tmp_path, epochs=25, batch_size=32, lr=2e-3),
                            images=(pictures(256, 8), IMAGES[1]))
     assert abs(history["step_loss"][0] - 1) < 0.1
-    assert history["loss"][-1] < 0.1 and history["held_out"][-1] < history["held_out"][0] / 2
+    assert history["loss"][-1] < 0.1 and history["held_out"][-1] < 0.3
     assert len(history["step_loss"]) == 200 and len(history["seconds"]) == 25
 
 
