@@ -1,7 +1,7 @@
 """Settings for all tests: where the scripts are, and how Hypothesis behaves.
 
 On a developer's machine Hypothesis looks at new random examples in every run. Where the variable
-CI is set it looks at the same ones each time, so that a red build is red again tomorrow.
+CI is set it looks at fewer, and the same ones each time, so that a red build is red again tomorrow.
 """
 
 import os
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile("local", deadline=None, max_examples=50, suppress_health_check=quiet)
+settings.register_profile("local", deadline=None, max_examples=100, suppress_health_check=quiet)
 settings.register_profile("ci", deadline=None, max_examples=50, suppress_health_check=quiet,
                           derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")

@@ -9,12 +9,13 @@ import struct
 from pathlib import Path
 
 import torch
-from hypothesis import assume
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 
 from schedule import NoiseSchedule
 
 SEED = st.integers(0, 2**32 - 1)
+FEW = settings(max_examples=settings.default.max_examples // 5)  # for laws that take long to check
 
 
 @st.composite

@@ -50,7 +50,8 @@ def test_trajectory_shows_noisy_images_above_predictions(material):
     for i, t in enumerate(levels):
         xt, x0_hat = material.chain[t]
         for ax, expected in ((figure.axes[i], xt), (figure.axes[columns + i], x0_hat)):
-            assert torch.equal(torch.from_numpy(ax.images[0].get_array().data), expected[script.SHOWN, 0])
+            drawn = torch.from_numpy(ax.images[0].get_array().data)
+            assert torch.equal(drawn, expected[script.SHOWN, 0])
             assert ax.images[0].get_clim() == (-1, 1)
         assert figure.axes[i].get_title() == f"t = {t}"
 

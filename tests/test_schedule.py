@@ -3,11 +3,18 @@
 Read this beside schedule.py: each test states one law in words and symbols and checks it against
 something that is not the code under test: a plain loop, an integral, or an identity.
 
-Tolerances. All is float64, with a relative rounding error u = 2.2e-16 per operation. A product of
+How to read a test. `@given(schedules(), st.floats(-1, 1))` calls the function below it many times,
+each time with another schedule and another number between -1 and 1, which the library Hypothesis
+draws. If one of them breaks the law, it looks for the simplest that does and shows it.
+
+Tolerances. All is float64, which rounds each result by up to u = 2.2e-16 of its size. A product of
 T factors is off by at most about T u, and 1 - alpha_bar, which is at least beta_1 >= 1e-5, by
 u / 1e-5 = 2.2e-11 relative; so are the factors of the posterior, which divide by it. Recovering x_0
-divides by sqrt(alpha_bar) >= 1e-4 and magnifies by as much. Each bound below is such an estimate
-with a factor between three and a hundred in hand.
+divides by sqrt(alpha_bar) >= 1e-4 and magnifies by as much. Each bound below is such an estimate,
+made 3 to 100 times wider.
+
+Random tests allow a number of standard errors. A normal number is off by more than 5.5 of them with
+probability 3.8e-8, so a test of ten such numbers gives a false alarm less than once in a million.
 """
 
 import itertools
@@ -21,7 +28,7 @@ from hypothesis import strategies as st
 
 import schedule as script
 from schedule import NoiseSchedule
-from strategies import SEED, normal, schedules, schedules_and_t
+from strategies import FEW, SEED, normal, schedules, schedules_and_t
 
 SHIPPED = [NoiseSchedule(), NoiseSchedule(kind="cosine")]
 on_shipped = pytest.mark.parametrize("schedule", SHIPPED, ids=["linear", "cosine"])
@@ -116,20 +123,37 @@ def test_closed_form_equals_iterated_noising(schedule):
 
 @on_shipped
 def test_closed_form_equals_iterated_noising_on_shipped_schedules(schedule):
-    """The same law for both schedules at T = 1000. [DDPM Eq. 2] [DDPM Eq. 4]"""
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps in law, for both at T = 1000.
+
+    [DDPM Eq. 2] [DDPM Eq. 4]
+    """
     compare_all_t(schedule)
 
 
 @settings(max_examples=10)
 @given(schedules(), st.floats(-1, 1), SEED)
 def test_closed_form_equals_iterated_noising_by_monte_carlo(schedule, x0, seed):
-    """40,000 random chains end with the mean and variance of the closed form. [DDPM Eq. 4]
+    """40,000 random chains end with mean sqrt(alpha_bar_T) x_0, variance 1 - alpha_bar_T.
 
-    The standard error of the mean is sigma/sqrt(N), of the variance sigma^2 sqrt(2/N). Allowing
-    5.5 of them gives a false alarm with probability 4e-8 per number, below 1e-6 for the 20 numbers
-    of all examples. It would notice a mean wrong by 3 % of sigma and a variance wrong by 4 %.
+    [DDPM Eq. 4] The mean of N numbers has the standard error sigma/sqrt(N). The square of a
+    standard normal number has variance 2, so their variance has sigma^2 sqrt(2/N). Allowed are 5.5
+    of them, a false alarm with probability 3.8e-8 a number, 7.6e-7 for the 20 numbers of all
+    examples. A mean wrong by 4.3 % of sigma or a variance wrong by 6.1 % is noticed with 99.9 %.
     """
-    count = 40_000
+    compare_chains(schedule, x0, seed, 40_000)
+
+
+@on_shipped
+def test_closed_form_equals_iterated_noising_by_monte_carlo_on_shipped_schedules(schedule):
+    """10,000 chains of 1,000 steps, as above: sqrt(alpha_bar_T) x_0 and 1 - alpha_bar_T.
+
+    [DDPM Eq. 4] A mean wrong by 8.6 % of sigma or a variance wrong by 12.2 % is noticed. The four
+    numbers give a false alarm with probability 1.5e-7.
+    """
+    compare_chains(schedule, 0.7, 0, 10_000)
+
+
+def compare_chains(schedule: NoiseSchedule, x0: float, seed: int, count: int) -> None:
     x = torch.full((count, 1, 1, 1), x0, dtype=torch.float64)
     for t in range(1, schedule.T + 1):
         x = schedule.q_step(x, t, normal(seed + t, count, 1, 1, 1))
@@ -141,7 +165,7 @@ def test_closed_form_equals_iterated_noising_by_monte_carlo(schedule, x0, seed):
 def compare_jump(schedule: NoiseSchedule, s: int, t: int) -> None:
     """The steps s+1..t, composed one by one, against the single step of step_beta(t, s).
 
-    After them it must not matter how x_s came about: s steps before, then the jump, are t steps.
+    And put after x_s of the closed form, they must give x_t of the closed form.
     """
     mean, variance = 1.0, 0.0  # of x_t for x_s = 1
     for k in range(s + 1, t + 1):
@@ -169,13 +193,41 @@ def test_any_two_jumps_compose(schedule, data):
 
 @on_shipped
 def test_jumps_compose_on_shipped_schedules(schedule):
-    """The same at T = 1000, for a grid of s < t. [DDPM Eq. 4]"""
+    """alpha_bar_t = alpha_bar_s (alpha_{s+1} ... alpha_t) at T = 1000, a grid of s < t.
+
+    [DDPM Eq. 4]
+    """
     for s, t in itertools.combinations([0, 1, 10, 300, 900, 999, 1000], 2):
         compare_jump(schedule, s, t)
 
 
+def compare_two_jumps(schedule: NoiseSchedule, r: int, s: int, t: int) -> None:
+    first, second, both = (schedule.step_beta(*jump).item() for jump in ((s, r), (t, s), (t, r)))
+    tolerance = 1e-14 + 1e-15 * schedule.T
+    close(1 - both, (1 - first) * (1 - second), tolerance)
+    close(both, (1 - second) * first + second, tolerance)
+
+
+@given(schedules(), st.data())
+def test_jumps_are_associative(schedule, data):
+    """From r to s to t is from r to t, for any r < s < t, in one jump or in two. [DDPM Eq. 4]
+
+    A jump of b = step_beta keeps 1 - b of the variance that was there and adds b. So
+    1 - b(t,r) = (1 - b(s,r)) (1 - b(t,s)), and b(t,r) = (1 - b(t,s)) b(s,r) + b(t,s).
+    """
+    compare_two_jumps(schedule, *sorted(data.draw(st.lists(
+        st.integers(0, schedule.T), min_size=3, max_size=3, unique=True))))
+
+
+@on_shipped
+def test_jumps_are_associative_on_shipped_schedules(schedule):
+    """1 - b(t,r) = (1 - b(s,r)) (1 - b(t,s)) at T = 1000, a grid of r < s < t. [DDPM Eq. 4]"""
+    for r, s, t in itertools.combinations([0, 1, 10, 300, 900, 999, 1000], 3):
+        compare_two_jumps(schedule, r, s, t)
+
+
 def test_noise_level_zero_is_the_image():
-    """x_0 comes back untouched from q_sample at t = 0 and from predict_x0 at t = 0."""
+    """alpha_bar_0 = 1: x_0 comes back untouched from q_sample and predict_x0 at t = 0."""
     x0, eps = normal(0, 3, 1, 4, 4), normal(1, 3, 1, 4, 4)
     assert torch.equal(SHIPPED[0].q_sample(x0, 0, eps), x0)
     assert torch.equal(SHIPPED[0].predict_x0(x0, 0, eps), x0)
@@ -219,33 +271,46 @@ def test_both_forms_of_the_posterior_mean_agree(drawn, seed):
     close(mean, by_noise, 1e-9)
 
 
-@settings(max_examples=20)
-@given(schedules_and_t(lowest=2), st.floats(-1, 1), st.floats(-2, 2))
-def test_posterior_is_bayes_rule(drawn, x0, xt):
-    """q(x_{t-1} | x_t, x_0) is q(x_t | x_{t-1}) q(x_{t-1} | x_0), normalised. [DDPM Eq. 6]
-
-    Checked by brute force: the product of the two densities on a fine grid, its mean and variance
-    by summation. On a grid of +-12 standard deviations with at least 60 points in each, sums of
-    Gaussians are exact to rounding, magnified by 1/beta_1 in the exponent.
-    """
-    schedule, t = drawn
+def compare_with_bayes(schedule: NoiseSchedule, t: int, x0: float, xt: float) -> None:
+    """q_posterior against the product of two densities on a fine grid, by summation."""
     beta, before = schedule.beta[t].item(), schedule.alpha_bar[t - 1].item()
-    # Centre and width of the grid from the two factors alone: the product is narrower than each.
+    # Both densities as functions of y = x_{t-1}: q(x_t | y) has its top at a and the variance va,
+    # q(y | x_0) has b and vb. Their product is narrower than each, which tells where to put the
+    # grid: 12 standard deviations around, 120 points in each. A sum over so fine a grid equals the
+    # integral of a Gaussian to rounding.
     a, va = xt / math.sqrt(1 - beta), beta / (1 - beta)
     b, vb = math.sqrt(before) * x0, 1 - before
     width = math.sqrt(min(va, vb))
     middle = a if va < vb else b
     reach = abs(a - b) + 12 * width
-    y = torch.linspace(middle - reach, middle + reach, 1 + int(60 * 2 * reach / (width / 2)),
+    y = torch.linspace(middle - reach, middle + reach, 1 + int(120 * 2 * reach / width),
                        dtype=torch.float64)
     log = -(xt - math.sqrt(1 - beta) * y) ** 2 / (2 * beta) - (y - b) ** 2 / (2 * vb)
     weight = (log - log.max()).exp()
     mean = (weight * y).sum() / weight.sum()
     variance = (weight * (y - mean) ** 2).sum() / weight.sum()
     code_mean, code_variance = schedule.q_posterior(x0 * ONE, xt * ONE, t)
+    # The logarithms are as large as x_t^2/beta <= 4e5, and rounded as much: 1e-10.
     close(code_mean.item(), mean, 1e-8)
     close(code_variance.item() / variance, 1, 1e-8)
     close(code_variance.item() / schedule.beta_tilde[t].item(), 1, 1e-10)
+
+
+@FEW
+@given(schedules_and_t(lowest=2), st.floats(-1, 1), st.floats(-2, 2))
+def test_posterior_is_bayes_rule(drawn, x0, xt):
+    """q(x_{t-1} | x_t, x_0) = q(x_t | x_{t-1}) q(x_{t-1} | x_0) / q(x_t | x_0). [DDPM Eq. 6]
+
+    Checked by brute force: mean and variance of the product on the right, summed on a grid.
+    """
+    compare_with_bayes(*drawn, x0, xt)
+
+
+@on_shipped
+@pytest.mark.parametrize("t", [2, 10, 500, 1000])
+def test_posterior_is_bayes_rule_on_shipped_schedules(schedule, t):
+    """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0) at T = 1000. [DDPM Eq. 6]"""
+    compare_with_bayes(schedule, t, 0.8, -0.3)
 
 
 @given(schedules())
@@ -261,11 +326,16 @@ def test_posterior_variance_lies_between_zero_and_beta(schedule):
     assert (schedule.beta_tilde[1:] < schedule.beta[1:]).all()
 
 
+def half_a_digit(number: str) -> float:
+    """Half a unit of the last digit that is given."""
+    return 0.5 * 10.0 ** -len(number.split(".")[1])
+
+
 def test_golden_ratio_of_the_two_variances():
     """beta/beta_tilde of the default schedule at t = 2, 10, 100, 1000, computed elsewhere."""
     ratio = SHIPPED[0].beta / SHIPPED[0].beta_tilde
-    for t, golden in ((2, 2.1991), (10, 1.1725), (100, 1.0184), (1000, 1.0000008)):
-        assert abs(ratio[t].item() / golden - 1) < 5e-5
+    for t, golden in ((2, "2.1991"), (10, "1.1725"), (100, "1.0184"), (1000, "1.0000008")):
+        assert abs(ratio[t].item() - float(golden)) < half_a_digit(golden)
 
 
 # ------------------------------------------------------------------- image, noise, and their ratio
@@ -292,8 +362,8 @@ def test_signal_to_noise_ratio_falls(schedule):
     """
     snr = schedule.snr(torch.arange(schedule.T + 1))
     assert snr[0] == math.inf and (snr[1:] < snr[:-1]).all()
-    close(schedule.snr(schedule.T).item() * (1 - schedule.alpha_bar[-1].item()),
-          schedule.alpha_bar[-1].item(), 1e-15)
+    last = schedule.alpha_bar[-1].item()
+    close(schedule.snr(schedule.T).item() * (1 - last) / last, 1, 1e-15)
     for t in range(2, schedule.T + 1):
         weight = schedule.beta[t]**2 / (2 * schedule.beta_tilde[t] * schedule.alpha[t]
                                         * (1 - schedule.alpha_bar[t]))
@@ -335,23 +405,28 @@ def test_all_these_laws_hold_at_every_t_of_the_shipped_schedules(schedule):
     assert (snr[1:] < snr[:-1]).all()
     weight = schedule.beta[2:]**2 / (2 * schedule.beta_tilde[2:] * schedule.alpha[2:]
                                      * (1 - schedule.alpha_bar[2:]))
-    close(weight, (snr[1:-1] / snr[2:] - 1) / 2, 1e-8)
+    close(weight, (snr[1:-1] / snr[2:] - 1) / 2, 1e-10)
 
 
 # --------------------------------------------------------------------------------- the bound
+
+# The bound is a sum of Kullback-Leibler divergences, KL(q || p) = integral of q ln(q/p): how much a
+# wrong p costs, in nats, which are bits times ln 2. For two Gaussians of mean m, m' and variance
+# v, v' the integral is (r - 1 - ln r)/2 + (m - m')^2/(2 v'), with r = v/v'.
 
 def log_density(y: torch.Tensor, mean: float, variance: float) -> torch.Tensor:
     return -(y - mean) ** 2 / (2 * variance) - math.log(2 * math.pi * variance) / 2
 
 
-@settings(max_examples=20)
+@FEW
 @given(schedules_and_t(lowest=2), st.floats(-1, 1), st.floats(-2, 2), st.floats(-2, 2),
        st.floats(1, 3))
 def test_term_of_the_bound_is_a_weighted_error_of_the_noise(drawn, x0, eps, eps_hat, ratio):
-    """KL(q(x_{t-1}|x_t,x_0) || p) = weight (eps - eps_hat)^2 + (r - 1 - ln r)/2, r = bt/sigma^2.
+    """KL(q(x_{t-1}|x_t,x_0) || p) = weight (eps - eps_hat)^2 + (r - 1 - ln r)/2.
 
     [DDPM Eq. 8] for the left side, an integral by summation on a fine grid; [DDPM Eq. 12] for the
-    weight beta_t^2/(2 sigma^2 alpha_t (1 - alpha_bar_t)). bt is beta_tilde_t, sigma^2 = ratio bt.
+    weight beta_t^2/(2 sigma^2 alpha_t (1 - alpha_bar_t)). The network's step has the variance
+    sigma^2, the exact one beta_tilde_t, and r = beta_tilde_t/sigma^2 = 1/ratio.
     """
     schedule, t = drawn
     xt = schedule.q_sample(x0 * ONE, t, eps * ONE)
@@ -365,22 +440,25 @@ def test_term_of_the_bound_is_a_weighted_error_of_the_noise(drawn, x0, eps, eps_
     beta, alpha_bar = schedule.beta[t].item(), schedule.alpha_bar[t].item()
     weight = beta**2 / (2 * sigma2 * (1 - beta) * (1 - alpha_bar))
     spread = (1 / ratio - 1 + math.log(ratio)) / 2
-    close(integral, weight * (eps - eps_hat) ** 2 + spread, 1e-7)
+    close(integral, weight * (eps - eps_hat) ** 2 + spread, 2e-9)
 
 
 def bound(schedule: NoiseSchedule, mu: float, lam: float, sigma2) -> float:
     """The three kinds of terms of the bound for data N(mu, lam) and the best network, in nats.
 
     The best guess at x_0 has the error Var(x_0 | x_t) = lam (1 - alpha_bar_t)/v_t, with
-    v_t = alpha_bar_t lam + 1 - alpha_bar_t. sigma2(t) is the variance of the model's step.
+    v_t = alpha_bar_t lam + 1 - alpha_bar_t. sigma2(t) is the variance of the model's step. That of
+    t = 1 says how well x_1 tells x_0, and must not be 0 here: a density is wanted. (The sampler,
+    which wants an image, adds no noise there.)
     """
     alpha_bar = schedule.alpha_bar.tolist()
     end = alpha_bar[-1]
+    # KL(q(x_T | x_0) || N(0, 1)), of which the mean over x_0 is taken: E x_0^2 = mu^2 + lam.
     total = (end * (mu**2 + lam) + (1 - end) - 1 - math.log(1 - end)) / 2
     for t in range(1, schedule.T + 1):
         c0, _, variance = posterior_weights(schedule, t)
         error = lam * (1 - alpha_bar[t]) / (alpha_bar[t] * lam + 1 - alpha_bar[t])
-        if t == 1:
+        if t == 1:  # -ln p(x_0 | x_1), with the mean squared error in place of (x_0 - x0_hat)^2
             total += math.log(2 * math.pi * sigma2(1)) / 2 + error / (2 * sigma2(1))
         else:
             r = variance / sigma2(t)
@@ -391,12 +469,15 @@ def bound(schedule: NoiseSchedule, mu: float, lam: float, sigma2) -> float:
 def exact_step(schedule: NoiseSchedule, lam: float):
     """Variance of x_{t-1} given x_t for data N(mu, lam): v_{t-1} - alpha_t v_{t-1}^2/v_t."""
     v = [a * lam + 1 - a for a in schedule.alpha_bar.tolist()]
-    # Written without the difference: v_{t-1} beta_t/v_t.
+    # As v_t = alpha_t v_{t-1} + beta_t, it is v_{t-1} beta_t/v_t, without a difference.
     return lambda t: v[t - 1] * schedule.beta[t].item() / v[t]
 
 
 def closed_bound(schedule: NoiseSchedule, mu: float, lam: float) -> float:
-    """Entropy of the data plus KL(q(x_T) || N(0, 1)): what no model of the chain can beat."""
+    """Entropy of the data plus KL(q(x_T) || N(0, 1)): what no model of the chain can beat.
+
+    N(mu, lam) has the entropy ln(2 pi e lam)/2; x_T has mean sqrt(alpha_bar_T) mu and variance v.
+    """
     end = schedule.alpha_bar[-1].item()
     v = end * lam + 1 - end
     return (math.log(2 * math.pi * math.e * lam) + v + end * mu**2 - 1 - math.log(v)) / 2
@@ -415,8 +496,8 @@ def test_bound_closes_for_gaussian_data(schedule, mu, lam):
 
 
 @pytest.mark.parametrize("lam, variance, golden", [
-    (1, "beta", 0.0), (1, "beta_tilde", 0.46489), (0.27, "beta", 0.00096605),
-    (0.27, "beta_tilde", 0.45697), (0.01, "beta", 0.019564), (0.01, "beta_tilde", 0.39158)])
+    (1, "beta", "0.00000000"), (1, "beta_tilde", "0.46489"), (0.27, "beta", "0.00096605"),
+    (0.27, "beta_tilde", "0.45697"), (0.01, "beta", "0.019564"), (0.01, "beta_tilde", "0.39158")])
 def test_price_of_another_variance(lam, variance, golden):
     """The bound exceeds its closed form by the sum of (r - 1 - ln r)/2, r = exact/sigma^2.
 
@@ -433,7 +514,7 @@ def test_price_of_another_variance(lam, variance, golden):
     by_ratio = sum((r - 1 - math.log(r)) / 2
                    for r in (exact(t) / sigma2(t) for t in range(2, 1001)))
     assert abs(excess - by_ratio) < 1e-9
-    assert abs(excess - golden) < 3e-5 * golden + 1e-9
+    assert abs(excess - float(golden)) < half_a_digit(golden)
 
 
 # ---------------------------------------------------------------------------- shapes and refusals
@@ -453,6 +534,25 @@ def test_each_image_has_its_own_t(batch, seed):
                 assert torch.equal(together[i:i + 1], method(x[i:i + 1], int(t[i]), eps[i:i + 1]))
         mean, variance = schedule.q_posterior(x, eps, t)
         assert mean.shape == x.shape and variance.shape == (batch, 1, 1, 1)
+
+
+@on_shipped
+def test_float32_factors_are_rounded_once(schedule):
+    """For images in float32 the factors are those of float64, cast at the end: off by 6e-8.
+
+    The difference 1 - alpha_bar_1 = 1e-4 taken in float32 would be off by 3e-4.
+    """
+    one, zero = ONE.float(), ZERO.float()
+    for t in (1, 2, 3, 10, 500, 998):
+        for method in (schedule.q_step, schedule.q_sample):
+            for pair, pair32 in (((ONE, ZERO), (one, zero)), ((ZERO, ONE), (zero, one))):
+                exact = method(pair[0], t, pair[1]).item()
+                assert abs(method(pair32[0], t, pair32[1]).item() - exact) <= 6e-8 * exact
+        for k, pair in enumerate(((one, zero), (zero, one))):
+            weight, variance = schedule.q_posterior(*pair, t)
+            exact = posterior_weights(schedule, t)
+            assert abs(weight.item() - exact[k]) <= 6e-8 * exact[k]
+            assert abs(variance.item() - exact[2]) <= 6e-8 * exact[2]
 
 
 @pytest.mark.parametrize("make, message", [
@@ -494,7 +594,7 @@ def test_advice_on_leftover_signal_works():
         else:
             with pytest.raises(ValueError, match="is left"):
                 NoiseSchedule(200, "linear", *betas)
-    NoiseSchedule(T=800)
+    NoiseSchedule(T=780)  # 1.9 %; with T = 770, above, it is 2.03 %
     NoiseSchedule(T=200, kind="cosine")
 
 
@@ -532,13 +632,19 @@ def test_script_prints_table_and_comparison(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["0", "0.000000", "1"] and "inf" in lines[1]
     assert lines[12].split()[:3] == ["1000", "0.020000", "4.036e-05"]
+    for row in ([float(word) for word in line.split()] for line in lines[2:13]):
+        t, beta, alpha_bar, decibel, beta_tilde = row
+        signal = math.prod(1 - b for b in SHIPPED[0].beta[1:int(t) + 1].tolist())
+        before = signal / (1 - SHIPPED[0].beta[int(t)].item())
+        assert abs(decibel - 10 * math.log(signal / (1 - signal), 10)) < 0.051
+        assert abs(beta_tilde - beta * (1 - before) / (1 - signal)) < 1.1e-6
     rows = [[float(word) for word in line.split()] for line in lines[-5:]]
     assert [row[0] for row in rows] == [200, 400, 600, 800, 1000]
-    for t, mean, closed_mean, std, closed_std in rows:  # 20,000 chains: 4.5 standard errors
+    for t, mean, closed_mean, std, closed_std in rows:  # 20,000 chains: 5.5 standard errors
         alpha_bar = math.prod(1 - b for b in SHIPPED[0].beta[1:int(t) + 1].tolist())
         assert abs(closed_mean - alpha_bar**0.5 / 2) < 1e-4
         assert abs(closed_std - (1 - alpha_bar) ** 0.5) < 1e-4
-        assert abs(mean - closed_mean) < 0.032 and abs(std - closed_std) < 0.023
+        assert abs(mean - closed_mean) < 0.039 and abs(std - closed_std) < 0.028
     with pytest.raises(SystemExit) as exit_:
         script.main(["--T", "100"])
     assert exit_.value.code == 2
