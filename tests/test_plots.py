@@ -1,6 +1,8 @@
 """Every figure is drawn, from any model file, the same each time, and shows what it says."""
 
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +105,36 @@ def test_wrong_options_exit_with_one_line(argv, status, message, tiny_run, tmp_p
     assert message in text
     assert exit_.value.code == 2 if status == 2 else isinstance(exit_.value.code, str)
     assert not (tmp_path / "new").exists()
+
+
+def test_interrupt_says_what_is_complete(tiny_run, tmp_path, monkeypatch, capsys):
+    """Ctrl-C while a figure is drawn exits with 130; those before it were named and are whole."""
+    def stopped(material):
+        raise KeyboardInterrupt
+    monkeypatch.setitem(FIGURES, "grid", stopped)
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["loss", "grid", "--checkpoint", str(tiny_run / "model.pt"), "--out",
+                     str(tmp_path), "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 130 and "figures named above are complete" in err
+    assert "loss.png" in out.splitlines()[-1] and imread(tmp_path / "loss.png").std() > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+@pytest.mark.parametrize("name, options, says", [
+    ("schedule", ["--help"], "--kind"), ("unet", [], "324,705"),
+    ("train", ["--help"], "passes over the training images"),
+    ("sample", ["--help"], "one image for each seed"),
+    ("plots", ["--help"], "which ones: forward")])
+def test_each_script_is_a_command(name, options, says, monkeypatch, capsys):
+    """python SCRIPT.py runs; --help is a page that lists each option with its default."""
+    path = Path(script.__file__).with_name(f"{name}.py")
+    monkeypatch.setattr("sys.argv", [str(path), *options])
+    with torch.random.fork_rng(devices=[]):
+        if options:
+            with pytest.raises(SystemExit) as exit_:
+                runpy.run_path(str(path), run_name="__main__")
+            assert exit_.value.code == 0
+        else:
+            runpy.run_path(str(path), run_name="__main__")
+    assert says in " ".join(capsys.readouterr().out.split())
