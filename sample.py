@@ -3,6 +3,7 @@
     python sample.py                                 32 digits from seeds 0..31, as a 4x8 picture
     python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
     python sample.py --variance zero                 the same x_T without fresh noise
+    python sample.py --gif chain.gif                 the way from noise to digits, as an animation
 
 Start from pure noise x_T and take T steps. Without the clipping of which more below, each is a step
 of Algorithm 2 of [DDPM]:
@@ -56,6 +57,7 @@ from pathlib import Path
 
 import torch
 from einops import repeat
+from PIL.Image import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -211,10 +213,10 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def save_grid(images: torch.Tensor, path: Path, scale: int = 4) -> None:
-    """Write images (B, 1, H, W) in [-1, 1] as one PNG, eight to a row, in enlarged pixels."""
+def draw_grid(images: torch.Tensor, scale: int = 4) -> Image:
+    """Images (B, 1, H, W) in [-1, 1] as one picture, eight to a row, in enlarged pixels."""
     grid = make_grid(to_uint8(images.cpu()), nrow=8, padding=1, pad_value=64)[:1]  # (1, H, W)
-    to_pil_image(repeat(grid, "c h w -> c (h i) (w j)", i=scale, j=scale)).save(path)
+    return to_pil_image(repeat(grid, "c h w -> c (h i) (w j)", i=scale, j=scale))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", metavar="FILE",
                         help="model file (your own finished run, else pretrained/model.pt)")
     parser.add_argument("--out", metavar="PNG", help="picture (samples.png beside the model)")
+    parser.add_argument("--gif", metavar="GIF", help="write the way there as an animation, too")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     args = parser.parse_args(argv)
     try:
@@ -239,16 +242,26 @@ def main(argv: list[str] | None = None) -> None:
         shipped = path.resolve().parent == SHIPPED.parent
         folder = HERE / "runs" / "pretrained" if shipped else path.parent
         out = Path(args.out or folder / "samples.png")
-        if out.suffix.lower() != ".png":  # say so before sampling, not after
-            raise ValueError(f"--out must be a file that ends in .png, not {out}")
+        gif = Path(args.gif) if args.gif else None
+        for option, ending, file in (("--out", ".png", out), ("--gif", ".gif", gif)):
+            if file and file.suffix.lower() != ending:  # say so before sampling, not after
+                raise ValueError(f"{option} must be a file that ends in {ending}, not {file}")
         levels = timesteps(checkpoint.schedule.T, args.steps)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        for file in filter(None, (out, gif)):
+            file.parent.mkdir(parents=True, exist_ok=True)
         chain = sample(model, checkpoint.schedule, args.seeds, variance=args.variance,
                        steps=args.steps, clip=args.clip)
-        for _, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
-            pass
-        save_grid(images, out)
+        shown = set(levels[::max(1, len(levels) // 50)]) | {0}  # about 50 frames
+        frames = []
+        for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
+            if gif and t in shown:
+                frames.append(draw_grid(images, scale=2))
+        draw_grid(images).save(out)
         print(f"wrote {out}")
+        if gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
+            frames[0].save(gif, save_all=True, append_images=frames[1:], loop=0,
+                           duration=[80] * (len(frames) - 1) + [3000])
+            print(f"wrote {gif}")
     except KeyboardInterrupt:
         print("\nstopped; nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -645,6 +645,25 @@ def test_command_writes_a_picture(tiny_run, tmp_path, capsys):
     assert (tile - image).abs().max() <= 1.01
 
 
+def test_command_writes_an_animation(tiny_run, tmp_path, capsys):
+    """--gif: a frame for each of about 50 levels from T to 0, the last the finished images."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+    gif = tmp_path / "new" / "chain.gif"
+    script.main(["--checkpoint", str(tiny_run / "model.pt"), "--seeds", "5,9", "--out",
+                 str(tmp_path / "a.png"), "--gif", str(gif), "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {gif}"
+    checkpoint = script.load_checkpoint(tiny_run / "model.pt")
+    chain = list(sample(checkpoint.model, checkpoint.schedule, [5, 9]))
+    with Image.open(gif) as animation:
+        assert animation.n_frames == len(chain) == 21 and animation.info["loop"] == 0
+        for frame, (t, images, _) in enumerate(chain):
+            animation.seek(frame)
+            assert animation.info["duration"] == (3000 if t == 0 else 80)
+            picture = pil_to_tensor(animation.convert("L"))[0]
+            assert torch.equal(picture[2:58:2, 2:58:2], to_uint8(images)[0, 0])
+
+
 def test_options_reach_the_sampler(tiny_run, tmp_path):
     """--variance, --steps, --no-clip, --seeds: the picture is what sample() gives for them."""
     from matplotlib.image import imread
@@ -681,7 +700,7 @@ def test_own_finished_run_comes_before_the_shipped_model(tiny_run, tmp_path, mon
 
 @pytest.mark.parametrize("argv, status", [
     (["--seeds", "x"], 2), (["--variance", "huge"], 2), (["--steps", "0"], 1),
-    (["--out", "digits"], 1),
+    (["--out", "digits"], 1), (["--gif", "digits.png"], 1),
     (["--device", "abacus"], 1), (["--checkpoint", "missing.pt"], 1)])
 def test_wrong_options_exit_with_one_line(argv, status, tiny_run, tmp_path, capsys):
     """Exit status 2 for usage, 1 for the rest, and no picture."""
