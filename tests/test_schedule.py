@@ -640,11 +640,12 @@ def test_script_prints_table_and_comparison(capsys):
         assert abs(beta_tilde - beta * (1 - before) / (1 - signal)) < 1.1e-6
     rows = [[float(word) for word in line.split()] for line in lines[-5:]]
     assert [row[0] for row in rows] == [200, 400, 600, 800, 1000]
-    for t, mean, closed_mean, std, closed_std in rows:  # 20,000 chains: 5.5 standard errors
+    # The script's seed is fixed, so this cannot fail by chance.
+    for t, mean, closed_mean, std, closed_std in rows:  # 20,000 chains: 4.5 standard errors
         alpha_bar = math.prod(1 - b for b in SHIPPED[0].beta[1:int(t) + 1].tolist())
         assert abs(closed_mean - alpha_bar**0.5 / 2) < 1e-4
         assert abs(closed_std - (1 - alpha_bar) ** 0.5) < 1e-4
-        assert abs(mean - closed_mean) < 0.039 and abs(std - closed_std) < 0.028
+        assert abs(mean - closed_mean) < 0.032 and abs(std - closed_std) < 0.023
     with pytest.raises(SystemExit) as exit_:
         script.main(["--T", "100"])
     assert exit_.value.code == 2
