@@ -2,7 +2,6 @@
 
 import runpy
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -127,8 +126,8 @@ def test_interrupt_says_what_is_complete(tiny_run, tmp_path, monkeypatch, capsys
     ("sample", ["--help"], "one image for each seed"),
     ("plots", ["--help"], "which ones: forward")])
 def test_each_script_is_a_command(name, options, says, monkeypatch, capsys):
-    """python SCRIPT.py runs; --help is a page that lists each option with its default."""
-    path = Path(script.__file__).with_name(f"{name}.py")
+    """python SCRIPT.py runs: unet.py shows its table, the others explain their options."""
+    path = script.HERE / f"{name}.py"
     monkeypatch.setattr("sys.argv", [str(path), *options])
     with torch.random.fork_rng(devices=[]):
         if options:

@@ -21,6 +21,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import sample as script
 from sample import VARIANCES, p_step, parse_seeds, sample, timesteps
@@ -125,7 +127,10 @@ def test_beta_keeps_standard_normal_data(schedule):
 @given(schedules(), st.floats(-1, 1))
 def test_beta_tilde_keeps_the_marginals_of_a_point(schedule, c):
     """Data always c, sigma^2 = beta_tilde, started from q(x_T): x_t has the forward process's mean
-    sqrt(alpha_bar_t) c and variance 1 - alpha_bar_t at every t. [DDPM section 3.2]"""
+    sqrt(alpha_bar_t) c and variance 1 - alpha_bar_t at every t. [DDPM section 3.2]
+
+    With beta the variance is too large, seen here at t = 1 and at every t in the next law.
+    """
     T, alpha_bar = schedule.T, schedule.alpha_bar
     v = chain_variances(schedule, 0.0, "beta_tilde", start=1 - alpha_bar[T].item())
     mean = alpha_bar[T].sqrt().item() * c
@@ -134,6 +139,8 @@ def test_beta_tilde_keeps_the_marginals_of_a_point(schedule, c):
         mean = p_step(schedule, mean * ONE, t, eps, ZERO, clip=False).item()
         assert abs(mean - alpha_bar[t - 1].sqrt().item() * c) < 1e-9
         assert abs(v[t - 1] - (1 - alpha_bar[t - 1].item())) < 1e-9
+    wrong = chain_variances(schedule, 0.0, "beta", start=1 - alpha_bar[T].item())
+    assert wrong[1] > v[1]
 
 
 def test_no_other_variance_keeps_the_marginals_of_a_point():
@@ -351,22 +358,24 @@ def exact_share(model: TwoPoints, variance: str) -> float:
     """
     x = torch.linspace(-5, 5, 2501, dtype=torch.float64)
     density = (-x**2 / 2).exp() / math.sqrt(2 * math.pi)
-    y = x.clone()  # where a chain without noise has come to
+
+    def step(x, t, noise):
+        x = x.reshape(-1, 1, 1, 1)
+        eps_hat = model(x, torch.tensor([t]))
+        return p_step(FINE, x, t, eps_hat, noise, variance=variance, clip=False).flatten()
+
+    end = x  # where a chain without noise has come to
     for t in range(20, 0, -1):
-        t_ = torch.tensor([t])
-
-        def step(x, noise):
-            x = x.reshape(-1, 1, 1, 1)
-            return p_step(FINE, x, t, model(x, t_), noise, variance=variance, clip=False).flatten()
-
-        y = step(y, ZERO)
-        if variance != "zero" and t > 1:
-            mean, sigma = step(x, ZERO), (step(x[:1], ONE) - step(x[:1], ZERO)).item()
+        if variance == "zero":
+            end = step(end, t, ZERO)
+        elif t > 1:
+            mean, sigma = step(x, t, ZERO), (step(x[:1], t, ONE) - step(x[:1], t, ZERO)).item()
             # Row i: where the chain goes from x_i. The narrowest has 3 points in a sigma.
             moved = (-(x - mean[:, None]) ** 2 / (2 * sigma**2)).exp() / (
                 math.sqrt(2 * math.pi) * sigma)
             density = density @ moved * (x[1] - x[0])
-    end = y if variance == "zero" else step(x, ZERO)
+        else:  # the last step adds no noise
+            end = step(x, t, ZERO)
     return (density * (end > 0)).sum().item() * (x[1] - x[0]).item()
 
 
@@ -647,8 +656,6 @@ def test_command_writes_a_picture(tiny_run, tmp_path, capsys):
 
 def test_command_writes_an_animation(tiny_run, tmp_path, capsys):
     """--gif: a frame for each of about 50 levels from T to 0, the last the finished images."""
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
     gif = tmp_path / "new" / "chain.gif"
     script.main(["--checkpoint", str(tiny_run / "model.pt"), "--seeds", "5,9", "--out",
                  str(tmp_path / "a.png"), "--gif", str(gif), "--device", "cpu"])

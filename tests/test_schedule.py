@@ -130,6 +130,15 @@ def test_closed_form_equals_iterated_noising_on_shipped_schedules(schedule):
     compare_all_t(schedule)
 
 
+def compare_chains(schedule: NoiseSchedule, x0: float, seed: int, count: int) -> None:
+    x = torch.full((count, 1, 1, 1), x0, dtype=torch.float64)
+    for t in range(1, schedule.T + 1):
+        x = schedule.q_step(x, t, normal(seed + t, count, 1, 1, 1))
+    mean, variance = schedule.alpha_bar[-1].sqrt().item() * x0, 1 - schedule.alpha_bar[-1].item()
+    assert abs(x.mean().item() - mean) < 5.5 * math.sqrt(variance / count)
+    assert abs(x.var().item() / variance - 1) < 5.5 * math.sqrt(2 / count)
+
+
 @settings(max_examples=10)
 @given(schedules(), st.floats(-1, 1), SEED)
 def test_closed_form_equals_iterated_noising_by_monte_carlo(schedule, x0, seed):
@@ -151,15 +160,6 @@ def test_closed_form_equals_iterated_noising_by_monte_carlo_on_shipped_schedules
     numbers give a false alarm with probability 1.5e-7.
     """
     compare_chains(schedule, 0.7, 0, 10_000)
-
-
-def compare_chains(schedule: NoiseSchedule, x0: float, seed: int, count: int) -> None:
-    x = torch.full((count, 1, 1, 1), x0, dtype=torch.float64)
-    for t in range(1, schedule.T + 1):
-        x = schedule.q_step(x, t, normal(seed + t, count, 1, 1, 1))
-    mean, variance = schedule.alpha_bar[-1].sqrt().item() * x0, 1 - schedule.alpha_bar[-1].item()
-    assert abs(x.mean().item() - mean) < 5.5 * math.sqrt(variance / count)
-    assert abs(x.var().item() / variance - 1) < 5.5 * math.sqrt(2 / count)
 
 
 def compare_jump(schedule: NoiseSchedule, s: int, t: int) -> None:

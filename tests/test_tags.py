@@ -91,5 +91,13 @@ def test_readme_shows_equation_line_and_test():
         "the README's table is out of date; python tests/test_tags.py prints the present one")
 
 
+def test_readme_lists_every_paper():
+    """Each arXiv number that a script gives as a source stands among the README's references."""
+    references = (ROOT / "README.md").read_text(encoding="utf-8").split("## References")[1]
+    for script in SCRIPTS:
+        for number in re.findall(r"\d{4}\.\d{5}", (ROOT / script).read_text(encoding="utf-8")):
+            assert f"https://arxiv.org/abs/{number}" in references, f"{script}: {number}"
+
+
 if __name__ == "__main__":
     print(table())

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train as script
+from sample import SHIPPED
 from schedule import NoiseSchedule
 from strategies import SEED, pictures, write_mnist
 from train import (
@@ -461,7 +462,7 @@ def test_shipped_model_was_trained_with_the_defaults():
 
     Its history is whole: 15 epochs of 468 steps.
     """
-    checkpoint = load_checkpoint(script.HERE / "pretrained" / "model.pt")
+    checkpoint = load_checkpoint(SHIPPED)
     assert checkpoint.config == Config()
     with torch.device("meta"):
         assert checkpoint.model.config == script.UNet().config
