@@ -31,13 +31,12 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no screen, no state that all figures share
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from sample import SHIPPED, open_checkpoint, sample
 from schedule import NoiseSchedule
-from train import BLOG_LOSS, HERE, Checkpoint, from_uint8, load_images, pick_device
-from unet import timestep_embedding
+from train import BLOG_LOSS, DATASETS, HERE, Checkpoint, from_uint8, load_images
+from unet import pick_device, timestep_embedding
 
 SEEDS = list(range(32))
 SHOWN = 4  # the seed whose trajectory is drawn
@@ -59,12 +58,17 @@ class Material:
     chain       {t: (x_t, x̂₀)} for the levels that are drawn, each (32, 1, 28, 28), on the CPU;
                 empty if no figure needs samples
     digits      (4, 1, 28, 28) clean digits in [-1, 1] for the forward process
-    real        whether these digits are from MNIST (else the network has drawn them)
+    real        whether these digits are from the data set (else the network has drawn them)
     """
     checkpoint: Checkpoint
     chain: dict[int, tuple[torch.Tensor, torch.Tensor]]
     digits: torch.Tensor | None
     real: bool
+
+    @property
+    def dataset(self) -> str:
+        """The name of the data set that the network was trained on."""
+        return DATASETS[self.checkpoint.config.dataset]
 
     @property
     def parameters(self) -> int:
@@ -103,7 +107,8 @@ def plot_forward(material: Material) -> Figure:
         for row in range(len(digits)):
             show(axes[row, column], xt[row])
         axes[0, column].set_title(f"t = {t}")
-    whose = "MNIST digits" if material.real else "Generated digits (MNIST was not at hand)"
+    whose = (f"{material.dataset}: images" if material.real
+             else f"{material.dataset}: generated images (real ones were not at hand)")
     top.suptitle(f"{whose} under the forward process of the {material.checkpoint.config.schedule} "
                  "schedule", fontsize=13)
 
@@ -159,11 +164,14 @@ def plot_loss(material: Material) -> Figure:
     figure = Figure(figsize=(10, 5), layout="constrained")
     ax = figure.subplots()
     held_out = "validation" if config.val_images else "test"
+    blog = BLOG_LOSS if config.dataset == "mnist" else ()
     # The last column keeps the two numbers of our network apart, whose curves end close together.
     for values, color, label, lift in (
-            (BLOG_LOSS, BLOG, "the blog's network, training", 0),
+            (blog, BLOG, "the blog's network, training", 0),
             (history["loss"], OURS, "ours, training", 6),
             (history["held_out"], THIRD, f"ours, averaged weights, {held_out} images", -6)):
+        if len(values) == 0:  # a run that has not finished an epoch, or not MNIST
+            continue
         epochs = range(1, len(values) + 1)
         ax.plot(epochs, values, "o-", color=color, markersize=4, label=label)
         ax.annotate(f"{values[-1]:.4f}", (len(values), values[-1]), xytext=(8, lift), color=color,
@@ -172,11 +180,11 @@ def plot_loss(material: Material) -> Figure:
     ticks = [.02, .03, .04, .05, .07, .1, .15, .2]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    last = max(len(BLOG_LOSS), len(history["loss"]))
+    last = max(len(blog), len(history["loss"]), 1)
     ax.set(xlabel="epoch", ylabel="mean squared error of the predicted noise",
            xlim=(0.6, last + 1.2), xticks=range(1, last + 1),
-           title="Loss by epoch, both networks with 324,705 parameters"
-           if material.parameters == 324_705 else "Loss by epoch")
+           title=f"{material.dataset}: loss by epoch" + (", both networks with 324,705 parameters"
+           if blog and material.parameters == 324_705 else ""))
     ax.legend(frameon=False)
     return figure
 
@@ -192,18 +200,20 @@ def plot_trajectory(material: Material) -> Figure:
         axes[0, column].set_title(f"t = {t}", fontsize=10)
     axes[0, 0].set_ylabel("$x_t$", rotation=0, labelpad=14, va="center", fontsize=13)
     axes[1, 0].set_ylabel(r"$\hat x_0$", rotation=0, labelpad=14, va="center", fontsize=13)
-    figure.suptitle(f"Denoising seed {SEEDS[SHOWN]}: the noisy image, and the clean image that "
-                    "the network expects", fontsize=12)
+    figure.suptitle(f"{material.dataset}: denoising seed {SEEDS[SHOWN]}. The noisy image, and the "
+                    "clean image that the network expects", fontsize=12)
     return figure
 
 
 def plot_grid(material: Material) -> Figure:
     """32 digits from 32 seeds, four rows of eight."""
+    from torchvision.utils import make_grid  # here, because it takes seconds to import
+
     grid = make_grid(material.chain[0][0], nrow=8, padding=2, pad_value=-0.5)
     figure = Figure(figsize=(10, 5.35), layout="constrained")
     ax = figure.subplots()
     show(ax, grid)
-    ax.set_title(f"Seeds {SEEDS[0]} to {SEEDS[-1]}, row by row")
+    ax.set_title(f"{material.dataset}: seeds {SEEDS[0]} to {SEEDS[-1]}, row by row")
     return figure
 
 
@@ -217,17 +227,19 @@ def gather(checkpoint: Checkpoint, names: list[str], data: str | Path = HERE / "
            device: str = "cpu") -> Material:
     """Collect what the named figures need, sampling at most once.
 
-    data  folder with MNIST/raw for the clean digits; nothing is downloaded
+    data  folder with MNIST/raw (or the data set of the model) for the clean digits; nothing is
+          downloaded
     """
     digits, real = None, False
     if "forward" in names:
         try:
-            images, labels = load_images(data, train=False, download=False)
-            first = [int((labels == digit).nonzero()[0]) for digit in (7, 2, 4, 9)]
-            digits, real = from_uint8(images[first]), True
-        except RuntimeError:
-            print(f"no MNIST in {data}: the forward process is drawn on generated digits",
-                  file=sys.stderr)
+            images, labels = load_images(data, False, checkpoint.config.dataset, download=False)
+            labels = labels.tolist()
+            kinds = [kind for kind in (7, 2, 4, 9, *range(10)) if kind in labels][:4]
+            digits, real = from_uint8(images[[labels.index(kind) for kind in kinds]]), True
+        except FileNotFoundError:
+            print(f"no {DATASETS[checkpoint.config.dataset]} in {data}: the forward process is drawn "
+                  "on generated images", file=sys.stderr)
     chain = {}
     if {"trajectory", "grid"} & set(names) or ("forward" in names and not real):
         model = checkpoint.model.to(pick_device(device))
@@ -251,14 +263,15 @@ def draw(name: str, material: Material, folder: Path) -> Path:
         path = folder / f"{name}.png"
         figure.savefig(path, metadata={
             "Software": None,  # a version number here would change the bytes
-            "Description": f"MNIST, {len(material.checkpoint.history['loss'])} epochs, training "
+            "Description": f"{material.dataset}, {len(material.checkpoint.history['loss'])} epochs, training "
                            f"seed {config.seed}, {config.schedule} schedule, T = {config.T}, "
                            f"{material.parameters} parameters"})
     return path
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw the figures of the book.")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS,
+                                     description="Draw the figures of the book.")
     parser.add_argument("names", nargs="*", metavar="FIGURE",
                         help=f"which ones: {', '.join(FIGURES)} (all)")
     parser.add_argument("--checkpoint", metavar="FILE",
@@ -271,10 +284,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     names = args.names or list(FIGURES)
     unknown = [name for name in names if name not in FIGURES]
-    if unknown:
-        parser.error(f"unknown figure {unknown[0]!r}; known are {', '.join(FIGURES)}")
     try:
-        path, checkpoint = open_checkpoint(args.checkpoint)
+        if unknown:
+            raise ValueError(f"unknown figure {unknown[0]!r}; known are {', '.join(FIGURES)}")
+        pick_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        # The loss of a run can be looked at while it is still under way.
+        path, checkpoint = open_checkpoint(args.checkpoint, finished=names != ["loss"])
         shipped = path.resolve().parent == SHIPPED.parent
         folder = Path(args.out or (HERE if shipped else path.parent) / "figures")
         material = gather(checkpoint, names, args.data, args.device)
@@ -284,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\nstopped; figures named above are complete", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"plots.py: {error}")
+        sys.exit("plots.py: " + str(error).partition("\n")[0])
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and D
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -58,12 +59,12 @@ from pathlib import Path
 import torch
 from einops import repeat
 from PIL.Image import Image
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from schedule import NoiseSchedule
-from train import HERE, Checkpoint, load_checkpoint, pick_device, to_uint8
+from train import DATASETS, HERE, Checkpoint, load_checkpoint
+from unet import pick_device
 
 VARIANCES = ("beta_tilde", "beta", "zero")
 SHIPPED = HERE / "pretrained" / "model.pt"
@@ -181,21 +182,24 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 
 # --------------------------------------------------------------------------- the command line
 
-def open_checkpoint(name: str | None) -> tuple[Path, Checkpoint]:
-    """Load a model file and print which: the one named, else your own finished run in runs/mnist,
-    else the one that is shipped in pretrained.
+def open_checkpoint(name: str | None, finished: bool = True) -> tuple[Path, Checkpoint]:
+    """Load a model file and print which: the one named, else your own run in runs/mnist, if there
+    is one and, unless finished is False, it is finished; else the one that is shipped.
 
-    Raises FileNotFoundError or ValueError, in one line, if that cannot be done.
+    Raises OSError or ValueError, in one line, if that cannot be done.
     """
     path = Path(name or HERE / "runs" / "mnist" / "model.pt")
     if name is None and not path.exists():
         path = SHIPPED
     checkpoint = load_checkpoint(path)
-    if name is None and len(checkpoint.history["loss"]) < checkpoint.config.epochs:
+    if name is None and finished and len(checkpoint.history["loss"]) < checkpoint.config.epochs:
+        print(f"{path} is not finished yet; --checkpoint {path} would take it", file=sys.stderr)
         path = SHIPPED
         checkpoint = load_checkpoint(path)
-    print(f"{path}: {len(checkpoint.history['loss'])} epochs, held-out loss "
-          f"{checkpoint.history['held_out'][-1]:.4f}", flush=True)
+    epochs = len(checkpoint.history["loss"])
+    print(f"{path}: {DATASETS[checkpoint.config.dataset]}, {epochs} epochs"
+          + (f", held-out loss {checkpoint.history['held_out'][-1]:.4f}" if epochs else ""),
+          flush=True)
     return path, checkpoint
 
 
@@ -213,14 +217,23 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """The inverse of train.from_uint8. Values beyond [-1, 1] saturate; a bare cast would wrap."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def draw_grid(images: torch.Tensor, scale: int = 4) -> Image:
     """Images (B, 1, H, W) in [-1, 1] as one picture, eight to a row, in enlarged pixels."""
+    from torchvision.transforms.functional import to_pil_image  # here: it takes seconds to import
+    from torchvision.utils import make_grid
+
     grid = make_grid(to_uint8(images.cpu()), nrow=8, padding=1, pad_value=64)[:1]  # (1, H, W)
     return to_pil_image(repeat(grid, "c h w -> c (h i) (w j)", i=scale, j=scale))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw digits with a trained diffusion model.")
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description="Draw digits with a trained diffusion model.")
     parser.add_argument("--seeds", type=parse_seeds, default=list(range(32)), metavar="0-31",
                         help="one image for each seed: numbers and ranges with commas (0-31)")
     parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde",
@@ -236,37 +249,44 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     args = parser.parse_args(argv)
     try:
+        device = pick_device(args.device)
+        for option, ending, file in (("--out", ".png", args.out), ("--gif", ".gif", args.gif)):
+            if file and Path(file).suffix.lower() != ending:
+                raise ValueError(f"{option} must be a file that ends in {ending}, not {file}")
+    except ValueError as error:
+        parser.error(str(error))
+    try:
         path, checkpoint = open_checkpoint(args.checkpoint)
-        model = checkpoint.model.to(pick_device(args.device))
+        model = checkpoint.model.to(device)
+        levels = timesteps(checkpoint.schedule.T, args.steps)
         # Pictures of a run belong beside it, those of the shipped model not among shipped files.
         shipped = path.resolve().parent == SHIPPED.parent
         folder = HERE / "runs" / "pretrained" if shipped else path.parent
         out = Path(args.out or folder / "samples.png")
-        gif = Path(args.gif) if args.gif else None
-        for option, ending, file in (("--out", ".png", out), ("--gif", ".gif", gif)):
-            if file and file.suffix.lower() != ending:  # say so before sampling, not after
-                raise ValueError(f"{option} must be a file that ends in {ending}, not {file}")
-        levels = timesteps(checkpoint.schedule.T, args.steps)
-        for file in filter(None, (out, gif)):
+        files = [out, Path(args.gif)] if args.gif else [out]
+        for file in files:  # what cannot be written should fail now, not after a minute
             file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir() or not os.access(file.parent, os.W_OK):
+                raise OSError(f"cannot write {file}; name another file")
         chain = sample(model, checkpoint.schedule, args.seeds, variance=args.variance,
                        steps=args.steps, clip=args.clip)
         shown = set(levels[::max(1, len(levels) // 50)]) | {0}  # about 50 frames
         frames = []
         for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
-            if gif and t in shown:
+            if args.gif and t in shown:
                 frames.append(draw_grid(images, scale=2))
-        draw_grid(images).save(out)
-        print(f"wrote {out}")
-        if gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
-            frames[0].save(gif, save_all=True, append_images=frames[1:], loop=0,
+        about = PngInfo()
+        about.add_text("Description", f"trained on {DATASETS[checkpoint.config.dataset]}")
+        draw_grid(images).save(out, pnginfo=about)
+        if args.gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
+            frames[0].save(args.gif, save_all=True, append_images=frames[1:], loop=0,
                            duration=[80] * (len(frames) - 1) + [3000])
-            print(f"wrote {gif}")
+        print("wrote", *files)
     except KeyboardInterrupt:
         print("\nstopped; nothing was written", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+        sys.exit("sample.py: " + str(error).partition("\n")[0])
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ class NoiseSchedule:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Print the noise schedule and check it.")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Print a noise schedule.")
     parser.add_argument("--T", type=int, default=1000, help="number of noisy steps (1000)")
     parser.add_argument("--kind", default="linear", choices=["linear", "cosine"], help="(linear)")
     args = parser.parse_args(argv)

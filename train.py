@@ -3,6 +3,8 @@
     python train.py                        15 epochs on MNIST, into runs/mnist/
     python train.py --data DIR             with MNIST that is already in DIR/MNIST/raw
     python train.py --resume               go on with a run that was stopped
+    python train.py --quick                a first look, in less than three minutes
+    torchrun --nproc-per-node=2 train.py   on two GPUs
 
 One step of training is Algorithm 1 of [DDPM]:
 
@@ -18,44 +20,46 @@ noisy image nobody can tell exactly which part of it is noise. Most of the loss 
 part, so what is still learned late in training changes only its third and fourth decimal.
 
 Each epoch prints the training loss (the mean over its steps), the held-out loss (averaged weights,
-digits not trained on, the same noise every time) and the blog's. Two files are written:
-
-    model.pt    the averaged weights, for sample.py and plots.py
-    last.pt     everything that is needed to go on as if training had never stopped
+digits not trained on, the same noise every time) and the blog's. It writes model.pt, the averaged
+weights, and last.pt, all that --resume needs; so does Ctrl-C.
 
 Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma et al. 2021, arXiv 2107.00630.
 """
 
 import argparse
 import copy
-import ctypes
-import dataclasses
 import math
 import os
-import pickle
+import runpy
+import signal
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torchvision.datasets import MNIST
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from schedule import NoiseSchedule
-from unet import UNet
+from unet import UNet, pick_device
 
 HERE = Path(__file__).resolve().parent
-
-# Mean training loss of epochs 1..15, from Part 3 of the blog series that the README names.
+# The blog's mean training loss of epochs 1..15 (its Part 3; the README names the series).
 BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0716, 0.0693,
              0.0686, 0.0670, 0.0644, 0.0632, 0.0619)
+DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
+            "builtin": "built-in digits", "folder": "images of a folder"}
+QUICK = {"epochs": 1, "batch_size": 32, "lr": 4e-3, "images": 22_400, "val_images": 2_000}
 
 
-def option(default, text: str, low=None, high=None):
-    """A field of Config; its explanation is also its help, its range is checked."""
-    return dataclasses.field(default=default, metadata={"help": text, "range": (low, high)})
+def option(default, text: str, *allowed):
+    """A field of Config: its help, and the lowest and highest number or the names it may be."""
+    return field(default=default, metadata={"help": text, "allowed": allowed})
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Config:
     """One training run; the command line is made from it. Raises ValueError for absurd values."""
 
     # What to compute. Saved with the model, and the same when a run is resumed.
+    dataset: str = option("mnist", f"what to learn: {', '.join(DATASETS)}", *DATASETS)
     epochs: int = option(15, "passes over the training images", 1, 10**6)
     batch_size: int = option(128, "images per step", 1, 10**6)
     lr: float = option(2e-3, "peak learning rate of Adam", 1e-9, 1)
@@ -70,62 +75,83 @@ class Config:
     ema: float = option(0.999, "decay of the weight average, per step", 0, 0.999999)
     clip: float = option(1.0, "greatest length of the gradient", 1e-9, math.inf)
     T: int = option(1000, "noisy steps", 2, 10**6)
-    schedule: str = option("linear", "noise schedule, linear or cosine")
+    schedule: str = option("linear", "noise schedule: linear, cosine", "linear", "cosine")
     seed: int = option(0, "seed of weights, order of the images, and all noise", 0, 2**63 - 1)
+    images: int = option(0, "train on the first N images only; 0 takes all", 0, 10**9)
     val_images: int = option(0, "hold out the last N training images, not the test set", 0, 10**6)
 
     # Where to compute it. Not saved: another machine has other folders.
-    data: str = option(str(HERE / "data"), "folder that holds MNIST/raw, or where to download it")
-    out: str = option(str(HERE / "runs" / "mnist"), "folder for model.pt and last.pt")
+    data: str = option(str(HERE / "data"), "folder with MNIST/raw, or a folder of images a class")
+    out: str = option("", "folder for the model files; if empty, runs/DATASET or runs/DATASET-IMAGES")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, (low, high) = getattr(self, field.name), field.metadata["range"]
-            if low is not None and not low <= value <= high:  # NaN fails too
-                raise ValueError(f"{field.name} must be between {low} and {high}, not {value}")
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            if isinstance(value, str):
+                if allowed and value not in allowed:
+                    raise ValueError(f"unknown {f.name} {value!r}; known are {', '.join(allowed)}")
+            elif not allowed[0] <= value <= allowed[1]:  # NaN fails too
+                low, high = allowed
+                raise ValueError(f"{f.name} must be between {low} and {high}, not {value}")
         NoiseSchedule(self.T, self.schedule)  # raises with advice of its own
+        part = f"-{self.images}" if self.images else ""
+        self.out = self.out or str(HERE / "runs" / (self.dataset + part))
 
 
-def load_images(data: str | Path = HERE / "data", train: bool = True,
+# ------------------------------------------------------------------------------------ the images
+
+def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: str = "mnist",
                 download: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """All MNIST images of one split, from DATA/MNIST/raw, downloaded if they are not there.
+    """All images of one split, uint8 (N, 1, 28, 28), and their labels, int64 (N,).
 
-    Returns images, uint8 (N, 1, 28, 28), and labels, int64 (N,). As bytes all of MNIST is 55 MB
-    and stays in memory. Raises RuntimeError if MNIST is neither there nor to be downloaded.
+    data     a folder with MNIST/raw (FashionMNIST/raw, KMNIST/raw), downloaded if missing. For the
+             data set "folder" one in torchvision's ImageFolder layout; every tenth is held out
+    dataset  a name of DATASETS
+
+    Raises FileNotFoundError if they are not to be had, ValueError if they are damaged.
     """
+    from torchvision import datasets, transforms  # here, because it takes seconds to import
+
+    if dataset == "builtin":  # drawn with the fonts of matplotlib, which is another tale
+        draw = runpy.run_path(str(HERE / "tests" / "digits.py"))["builtin_digits"]
+        return draw(60_000, seed=0) if train else draw(10_000, seed=1)
+    if dataset == "folder":
+        found = datasets.ImageFolder(data, transforms.Compose(
+            [transforms.Grayscale(), transforms.Resize((28, 28)), transforms.PILToTensor()]))
+        split = [found[i] for i in range(len(found)) if (i % 10 < 9) == train]
+        return torch.stack([image for image, _ in split]), torch.tensor([k for _, k in split])
+    kind = getattr(datasets, DATASETS[dataset])
+    raw, names = Path(data, kind.__name__, "raw"), [Path(url).stem for url, _ in kind.resources]
     try:
-        dataset = MNIST(data, train=train, download=download)  # downloads only what is missing
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise RuntimeError(
-            f"no MNIST in {Path(data) / 'MNIST' / 'raw'}, and no download ({reason}); put there, "
-            "unpacked, train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, "
-            "t10k-labels-idx1-ubyte from https://ossci-datasets.s3.amazonaws.com/mnist/, or name "
-            "the folder that has them with --data DIR") from error
-    return dataset.data[:, None], dataset.targets
+        with redirect_stdout(None):  # failed attempts are ours to report
+            found = kind(data, train=train, download=download)
+        if len(found.data) != len(found.targets):
+            raise ValueError("not as many labels as images")
+    except Exception as error:  # of many kinds, and none of them ours
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if all((raw / name).exists() for name in names):
+            raise ValueError(f"{raw} is damaged ({reason}); delete it and start again") from error
+        raise FileNotFoundError(
+            f"no {kind.__name__} in {raw}, and no download ({reason}); put there, unpacked, "
+            f"{', '.join(names)} from {kind.mirrors[0]}, or name their folder by --data") from error
+    return found.data[:, None], found.targets
 
 
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
     """Bytes 0..255 to float32 in [-1, 1], the range in which the noise schedule is meant.
 
-    The background of MNIST is then exactly -1. Digits are not flipped or turned to get more of
-    them: a mirrored 2 is not a digit.
+    Digits are not flipped or turned to get more of them: a mirrored 2 is not a digit.
     """
     return images.float() / 127.5 - 1
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """The inverse of from_uint8. Values beyond [-1, 1] saturate; a bare cast would wrap around."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
     """Noise levels for a batch: each uniform on 1..T, together evenly spread.    [compare VDM]
 
-    Independent draws leave gaps, and as the loss is largest at small t, a batch with more of them
-    looks worse than it is. So 1..T is cut into `count` equal strata, one draw is made in each, and
-    they are dealt to the images at random. The expected gradient is the same, its noise smaller.
+    Independent draws leave gaps, and a batch with more of the small t, where the loss is largest,
+    looks worse than it is. So 1..T is cut into `count` equal strata, with one draw in each, which
+    are dealt to the images at random. The expected gradient is the same, its noise smaller.
     """
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -162,32 +188,23 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
              batch_size: int = 500) -> float:
     """Mean squared error of the predicted noise, the same measurement every time. [DDPM Eq. 14]
 
-    Image i of images, uint8 (N, 1, 28, 28), is seen at t = 1 + i mod T with fixed noise. The loss
-    of a random batch depends more on which t it drew than on the network. Here all t count alike,
-    and two numbers can be compared.
+    Image i of images, uint8 (N, 1, 28, 28), is seen at t = 1 + i mod T with fixed noise. So all t
+    count alike, and two numbers can be compared: a random batch tells more of its t than of ε_θ.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    t = 1 + torch.arange(len(images)) % schedule.T
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    levels = 1 + torch.arange(len(images)) % schedule.T
     total = 0.0
-    for i in range(0, len(images), batch_size):
-        part = slice(i, i + batch_size)
-        xt = schedule.q_sample(from_uint8(images[part]), t[part], eps[part])
-        eps_hat = model(xt.to(device), t[part].to(device)).cpu()
-        total += (eps[part] - eps_hat).square().sum(dtype=torch.float64).item()
+    for x0, t, eps in zip(*(whole.split(batch_size) for whole in (images, levels, noise))):
+        xt = schedule.q_sample(from_uint8(x0), t, eps)
+        eps_hat = model(xt.to(device), t.to(device)).cpu()
+        total += (eps - eps_hat).square().sum(dtype=torch.float64).item()
     model.train(was_training)
     return total / images.numel()
 
 
-@dataclass
-class Checkpoint:
-    """What a model file holds. The model has the averaged weights and is in eval mode."""
-    model: UNet
-    schedule: NoiseSchedule
-    config: Config
-    history: dict[str, list[float]]
-
+# ------------------------------------------------------------------------------------ model files
 
 def save(path: Path, state: dict) -> None:
     """Write a file beside the old one, which it replaces only when it is complete."""
@@ -198,202 +215,228 @@ def save(path: Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # torch makes the second of the first
         part.unlink(missing_ok=True)
-        raise
+        raise OSError(f"cannot write {path} ({error}); what was there is kept") from error
 
 
-def read(path: str | Path) -> dict:
-    """Read a model file: plain tensors and numbers, never code (weights_only)."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no model file {path}; python train.py makes one") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
-        state = None
-    if not isinstance(state, dict) or state.get("format") != 1:
-        raise ValueError(f"{path} is damaged or not a model file of this project; train a new one")
-    return state
+class Checkpoint(NamedTuple):
+    """What a model file holds, and all of it as it is. The model is the average, in eval mode."""
+    model: UNet
+    schedule: NoiseSchedule
+    config: Config
+    history: dict[str, list[float]]
+    state: dict
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Rebuild network and schedule from a model.pt or last.pt; ValueError if it is none."""
-    state = read(path)
+    """Read a model.pt or last.pt: plain tensors and numbers, never code (weights_only).
+
+    Raises OSError, or ValueError if the file is damaged, foreign, or of another network.
+    """
     try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):  # shapes only: random weights would be overwritten at once
             model = UNet(**state["network"])
         model.load_state_dict(state["average"], assign=True)
         config = Config(**state["config"])
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path} does not fit unet.py and train.py; they were changed after it "
-                         "was trained, so train again") from None
-    return Checkpoint(model.eval(), NoiseSchedule(config.T, config.schedule), config,
-                      state["history"])
+        schedule = NoiseSchedule(config.T, config.schedule)
+        return Checkpoint(model.eval(), schedule, config, state["history"], state)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise OSError(f"no model file {path} ({error.strerror}); python train.py makes one") from None
+    except Exception as error:  # of many kinds, and few of them ours
+        raise ValueError(f"{path} is damaged, or no model file of unet.py and train.py as they are "
+                         "now; train a new one") from error
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name, or ValueError; "auto" is the first of cuda, mps, cpu there is."""
-    there = [device for device, here in (("cuda", torch.cuda.is_available()),
-             ("mps", torch.backends.mps.is_available()), ("cpu", True)) if here]
-    name = there[0] if name == "auto" else name
-    if name.split(":")[0] not in there:
-        raise ValueError(f"device {name!r} is not available; here: auto, {', '.join(there)}")
-    torch.backends.cudnn.allow_tf32 = False  # float32 on every device, not 10 bits of it on GPUs
-    if name == "cpu" and sys.platform == "linux":
-        # The C library would give the memory of each layer back to Linux and then get it again,
-        # zeroed, for the next. Keeping it makes sampling on two cores 1.5 times as fast.
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB
-        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: ask the heap, not Linux
-    return torch.device(name)
+# ---------------------------------------------------------------------------------- the training
+
+def over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes that torchrun has started; without it, the values themselves."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
 
 
-def require_finite(loss: float, epoch: int, i: int) -> None:
-    """Stop before a diverged network is saved over a good one."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1}, step {i + 1}; good "
-                                 "files are kept; train anew with a lower --lr and another --out")
+def train(config: Config, resume: bool = False, images: tuple | None = None,
+          stop: list[int] | None = None) -> dict[str, list[float]]:
+    """Train a UNet; write model.pt and last.pt into config.out after each epoch; return the history:
+    lists "loss", "held_out" and "seconds" by epoch, "step_loss" by step.
 
+    resume  go on from last.pt in config.out, bit for bit as if never stopped
+    images  training and held-out images, uint8 (N, 1, H, W) each; those of config.dataset if None
+    stop    a list; when something is put into it, training finishes the step, saves and returns
 
-def train_epoch(epoch: int, model: UNet, average: UNet, optimizer: torch.optim.Adam,
-                schedule: NoiseSchedule, digits: torch.Tensor, generator: torch.Generator,
-                config: Config) -> list[float]:
-    """One pass over the digits; returns the loss of each step.              [DDPM Algorithm 1]"""
-    device = next(model.parameters()).device
-    size = config.batch_size
-    steps = len(digits) // size  # the incomplete last batch is dropped
-    order = torch.randperm(len(digits), generator=generator)
-    losses = []
-    model.train()
-    with tqdm(total=steps * size, desc=f"epoch {epoch + 1}/{config.epochs}", unit=" images",
-              leave=False, disable=None) as bar:
-        for i in range(steps):
-            # The numbers are those of the list at the top of this file.
-            x0 = from_uint8(digits[order[i * size:(i + 1) * size]])                            # 1
-            t = draw_t(size, schedule.T, generator)                                            # 2
-            eps = torch.randn(x0.shape, generator=generator)
-            xt = schedule.q_sample(x0, t, eps)                                                 # 3
-            eps_hat = model(xt.to(device), t.to(device))                                       # 4
-            loss = F.mse_loss(eps_hat, eps.to(device))                           # [DDPM Eq. 14]
-            optimizer.zero_grad()                                                              # 5
-            loss.backward()
-            # A rare batch with a huge gradient must not throw the weights far off.
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            step = epoch * steps + i
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.epochs * steps, config)
-            optimizer.step()
-            update_average(average, model, step, config.ema)
-
-            losses.append(loss.detach())
-            if i % 20 == 19:  # now and then: reading a number off a GPU waits for it
-                recent = torch.stack(losses[-20:]).mean().item()
-                require_finite(recent, epoch, i)
-                bar.set_postfix(loss=f"{recent:.4f}")
-            bar.update(size)
-    return torch.stack(losses).tolist()
-
-
-def train(config: Config, resume: bool = False,
-          images: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict[str, list[float]]:
-    """Train a UNet and write model.pt and last.pt into config.out after every epoch.
-
-    config  what to train, and where
-    resume  go on from config.out/last.pt, bit for bit as if never stopped
-    images  training and held-out images, uint8 (N, 1, 28, 28) each; MNIST if None
-
-    Returns the history: lists "loss", "held_out" and "seconds" by epoch, "step_loss" by step.
     Raises ValueError, RuntimeError, FloatingPointError or OSError.
     """
-    out, last = Path(config.out), Path(config.out) / "last.pt"
+    out, last, device = Path(config.out), Path(config.out, "last.pt"), pick_device(config.device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if last.exists() and not resume:
         raise ValueError(f"{out} holds a run already; go on with it by --resume, or name another "
                          "folder by --out")
-    device = pick_device(config.device)
-    if images is None:
-        images = load_images(config.data)[0], load_images(config.data, train=False)[0]
-    digits, held_out = images
-    if config.val_images:
-        digits, held_out = digits[:-config.val_images], digits[-config.val_images:]
-    if len(digits) < config.batch_size or len(held_out) == 0:
-        raise ValueError(f"{len(digits)} training images are too few for batches of "
-                         f"{config.batch_size}; lower batch_size or val_images")
-
-    # Where to start: at random weights, or where last.pt left off.
-    state = read(last) if resume else {"config": {}, "network": {}}
+    state = load_checkpoint(last).state if resume else {"config": {}, "network": {}, "adam": {}}
+    if "adam" not in state:
+        raise ValueError(f"{last} holds no run that could go on, only a model")
     for name, value in state["config"].items():
         if getattr(config, name) != value:
             raise ValueError(f"the run in {out} has {name} = {value}, not "
                              f"{getattr(config, name)}; resume it without that option")
+    if rank == 0:
+        print(f"{DATASETS[config.dataset]}, on {device}, into {out}", flush=True)
+    digits, held_out = images or [load_images(config.data, part, config.dataset)[0]
+                                  for part in (True, False)]
+    if config.val_images:
+        digits, held_out = digits[:-config.val_images], digits[-config.val_images:]
+    digits, size = digits[:config.images or None], config.batch_size
+    steps = len(digits) // size  # in an epoch; an incomplete last batch is dropped
+    if steps == 0 or len(held_out) == 0:
+        raise ValueError(f"{len(digits)} training images are too few for batches of {size}; lower "
+                         "batch_size or val_images")
+    if size % world:
+        raise ValueError(f"batch_size {size} cannot be shared equally by {world} processes")
+
     # The weights come from the global generator, which is put back as it was found. All else comes
     # from one generator of our own. It lives on the CPU, so every device sees the same noise.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        model = UNet(**state["network"])
-    average = copy.deepcopy(model).requires_grad_(False).to(device)
-    model.to(device)
+        model = UNet(**state["network"]).to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
     # Adam's second decay rate (a "beta" too, but not β_t) is 0.99, not the usual 0.999: in a short
     # run the gradients change quickly, and it forgets old ones within about 100 steps.
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=True)
+    adam = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     history = {"loss": [], "held_out": [], "seconds": [], "step_loss": []}
+    order, begun = None, time.perf_counter()  # of the epoch under way
     if resume:
-        model.load_state_dict(state["weights"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["adam"])
+        for part, name in ((model, "weights"), (average, "average"), (adam, "adam")):
+            part.load_state_dict(state[name])
         generator.set_state(state["generator"])
-        history = state["history"]
+        history, order, begun = state["history"], state["order"], begun - state["seconds"]
+    # Fail here, not in an hour, if the network cannot take images of this size.
+    average(from_uint8(digits[:1]).to(device), torch.ones(1, dtype=torch.long, device=device))
 
-    schedule = NoiseSchedule(config.T, config.schedule)
-    out.mkdir(parents=True, exist_ok=True)
-    for epoch in range(len(history["loss"]), config.epochs):
-        start = time.perf_counter()
-        losses = train_epoch(epoch, model, average, optimizer, schedule, digits, generator, config)
-        history["loss"].append(sum(losses) / len(losses))
-        history["held_out"].append(evaluate(average, schedule, held_out))
-        history["seconds"].append(time.perf_counter() - start)
-        history["step_loss"].extend(losses)
-        require_finite(history["loss"][-1] + history["held_out"][-1], epoch, len(losses) - 1)
-        blog = f"{BLOG_LOSS[epoch]:.4f}" if epoch < len(BLOG_LOSS) else "-"
-        print(f"epoch {epoch + 1:2d}/{config.epochs}   loss {history['loss'][-1]:.4f}   "
-              f"held-out {history['held_out'][-1]:.4f}   {history['seconds'][-1]:4.0f} s   "
-              f"blog's loss {blog}", flush=True)
-
+    def write() -> None:
         what = {k: v for k, v in vars(config).items() if k not in ("data", "out", "device")}
         result = dict(format=1, config=what, network=model.config, history=history,
                       average={k: v.cpu() for k, v in average.state_dict().items()})
         save(out / "model.pt", result)
-        save(last, dict(result, weights=model.state_dict(), adam=optimizer.state_dict(),
-                        generator=generator.get_state()))
+        save(last, dict(result, weights=model.state_dict(), adam=adam.state_dict(), order=order,
+                        generator=generator.get_state(), seconds=time.perf_counter() - begun))
+
+    if rank == 0 and not resume:  # of several processes, the first one saves and reports
+        out.mkdir(parents=True, exist_ok=True)
+        write()  # and here if the disk is full
+    network = DistributedDataParallel(model) if world > 1 else model
+    schedule, total = NoiseSchedule(config.T, config.schedule), config.epochs * steps
+    done, recent = len(history["step_loss"]), []
+    bar = tqdm(initial=done, total=total, unit=" steps", disable=rank > 0 or None)
+    for step in range(done, total):
+        epoch, i = divmod(step, steps)
+        if i == 0:
+            order, begun = torch.randperm(len(digits), generator=generator), time.perf_counter()
+        # The numbers are those of the list at the top of this file.
+        x0 = from_uint8(digits[order[i * size:(i + 1) * size]])                                # 1
+        t = draw_t(size, schedule.T, generator)                                                # 2
+        eps = torch.randn(x0.shape, generator=generator)
+        # If there are several processes, all have drawn the same batch, and each takes its share.
+        x0, t, eps = x0[rank::world], t[rank::world], eps[rank::world]
+        xt = schedule.q_sample(x0, t, eps)                                                     # 3
+        eps_hat = network(xt.to(device), t.to(device))                                         # 4
+        loss = F.mse_loss(eps_hat, eps.to(device))                               # [DDPM Eq. 14]
+        adam.zero_grad()                                                                       # 5
+        loss.backward()  # with several processes, this also averages the gradient over them
+        # A rare batch with a huge gradient must not throw the weights far off.
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        adam.param_groups[0]["lr"] = learning_rate(step, total, config)
+        adam.step()
+        update_average(average, model, step, config.ema)
+
+        recent.append(loss.detach())
+        bar.update()
+        complete, halt = i + 1 == steps, over_processes(torch.tensor(float(bool(stop)))) > 0
+        if i % 20 == 19 or complete or halt:  # not always, as reading off a GPU waits for it
+            history["step_loss"] += over_processes(torch.stack(recent).cpu()).tolist()
+            recent.clear()
+        if complete:
+            history["loss"].append(sum(history["step_loss"][-steps:]) / steps)
+            history["held_out"].append(evaluate(average, schedule, held_out) if rank == 0 else 0)
+            history["seconds"].append(time.perf_counter() - begun)
+        if not math.isfinite(sum(history["step_loss"] + history["held_out"])):
+            # Stop before a diverged network is saved over a good one.
+            raise FloatingPointError(
+                f"the loss is no longer finite in epoch {epoch + 1}, step {i + 1}; good files are "
+                "kept; train anew with a lower --lr and another --out")
+        if rank == 0 and (complete or halt):
+            write()
+        if rank == 0 and complete:
+            blog = BLOG_LOSS[epoch] if config.dataset == "mnist" and epoch < len(BLOG_LOSS) else ""
+            with bar.external_write_mode():
+                print(f"epoch {epoch + 1:2d}/{config.epochs}   loss {history['loss'][-1]:.4f}   "
+                      f"held-out {history['held_out'][-1]:.4f}   {history['seconds'][-1]:4.0f} s"
+                      + (f"   blog's loss {blog:.4f}" if blog else ""), flush=True)
+        if halt:
+            break
+    bar.close()
     return history
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a diffusion model on MNIST.")
-    for field in dataclasses.fields(Config):
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Train a diffusion model.")
+    for f in fields(Config):
         # SUPPRESS tells options that were given from defaults; --resume needs to know.
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="",
-                            default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help']} (default: {field.default})")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; "
-                        "options that are given must be those it was begun with")
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__,
+                            default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--quick", action="store_true", help=f"a first look: {QUICK}")
     given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
+    resume, notice, noted = given.pop("resume"), "", []
+    first = os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes that it starts
+    given = {**(QUICK if given.pop("quick") else {}), **given}
     try:
         config = Config(**given)
+        pick_device(config.device)
     except ValueError as error:
         parser.error(str(error))
+
+    def note(number, frame):  # a signal is only noted, so that no step is cut in two
+        if noted:
+            raise KeyboardInterrupt  # but a second one acts at once
+        noted.append(number)
+
     try:
-        if resume:
-            config = Config(**{**read(Path(config.out) / "last.pt")["config"], **given})
-        train(config, resume)
+        with ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, note))
+            if "LOCAL_RANK" in os.environ:  # torchrun has started several of these processes
+                if torch.cuda.is_available():
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+                stack.callback(dist.destroy_process_group)
+            if resume:  # what is not given is as it was
+                saved = load_checkpoint(Path(config.out, "last.pt")).state["config"]
+                config = Config(**{**saved, "out": config.out, **given})
+            elif "dataset" not in given:
+                try:
+                    load_images(config.data)
+                except FileNotFoundError:
+                    notice = (f"no MNIST in {config.data}, nor a download: these are the built-in "
+                              "digits (--dataset mnist says what is missing)\n")
+                    config = Config(**given, dataset="builtin")
+            print(notice * first, end="", flush=True)
+            history = train(config, resume, stop=noted)
     except KeyboardInterrupt:
-        how = ("the same command with --resume goes on from the last epoch that was finished"
-               if (Path(config.out) / "last.pt").exists() else "no epoch was finished")
-        print(f"\nstopped; {how}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
-    print(f"done; now type: python sample.py --checkpoint {Path(config.out) / 'model.pt'}")
+        sys.exit("train.py: " + str(error).partition("\n")[0])
+    if noted and first:
+        print(f"{notice}stopped after {len(history['step_loss'])} steps; to go on, add --resume"
+              f"{' --dataset builtin' if notice else ''} to the command", file=sys.stderr)
+    elif first:
+        print(f"{notice}done; now type: python sample.py --checkpoint "
+              f"{Path(config.out, 'model.pt')}")
+    if noted:
+        sys.exit(128 + noted[0])
 
 
 if __name__ == "__main__":

@@ -50,6 +50,19 @@ def pictures(count: int, size: int = 28, seed: int = 0) -> torch.Tensor:
     return images
 
 
+def same_state(a: Path, b: Path) -> bool:
+    """Whether two model files hold the same but for the seconds that it took."""
+    def equal(x, y) -> bool:
+        if isinstance(x, dict):
+            keys = [k for k in x if k != "seconds"]
+            return keys == [k for k in y if k != "seconds"] and all(equal(x[k], y[k]) for k in keys)
+        if isinstance(x, list | tuple):
+            return len(x) == len(y) and all(map(equal, x, y))
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+    return equal(*(torch.load(path, weights_only=True) for path in (a, b)))
+
+
 def write_mnist(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
     """Write images and labels as both splits of MNIST, in its own file format (IDX)."""
     raw = folder / "MNIST" / "raw"

@@ -73,7 +73,7 @@ def test_forward_process_says_whose_digits_it_shows(material, tiny_run, tmp_path
     real = gather(material.checkpoint, ["forward"], data=tmp_path)
     assert real.real and not real.chain and torch.equal(real.digits, from_uint8(pictures(4)))
     assert not material.real and torch.equal(material.digits, material.chain[0][0][:4])
-    for m, word in ((real, "MNIST digits"), (material, "Generated digits")):
+    for m, word in ((real, "MNIST: images"), (material, "MNIST: generated images")):
         figure = script.plot_forward(m)
         assert word in figure.subfigs[0].get_suptitle()
         shown = figure.axes[0].images[0].get_array().data
@@ -88,22 +88,6 @@ def test_command_draws_what_is_named(tiny_run, tmp_path, capsys):
     assert [path.name for path in (run / "figures").iterdir()] == ["loss.png"]
     assert str(run / "figures" / "loss.png") in capsys.readouterr().out
     assert imread(run / "figures" / "loss.png").std() > 0
-
-
-@pytest.mark.parametrize("argv, status, message", [
-    (["losses"], 2, "known are forward, embedding, loss, trajectory, grid"),
-    (["loss", "--checkpoint", "missing.pt"], 1, "no model file missing.pt"),
-    (["grid", "--device", "abacus"], 1, "device 'abacus' is not available")])
-def test_wrong_options_exit_with_one_line(argv, status, message, tiny_run, tmp_path, capsys):
-    """Exit status 2 for usage and 1 for the rest; nothing is written."""
-    if "--checkpoint" not in argv:
-        argv = [*argv, "--checkpoint", str(tiny_run / "model.pt")]
-    with pytest.raises(SystemExit) as exit_:
-        script.main([*argv, "--out", str(tmp_path / "new")])
-    text = capsys.readouterr().err or str(exit_.value)
-    assert message in text
-    assert exit_.value.code == 2 if status == 2 else isinstance(exit_.value.code, str)
-    assert not (tmp_path / "new").exists()
 
 
 def test_interrupt_says_what_is_complete(tiny_run, tmp_path, monkeypatch, capsys):
