@@ -238,8 +238,8 @@ def gather(checkpoint: Checkpoint, names: list[str], data: str | Path = HERE / "
             kinds = [kind for kind in (7, 2, 4, 9, *range(10)) if kind in labels][:4]
             digits, real = from_uint8(images[[labels.index(kind) for kind in kinds]]), True
         except FileNotFoundError:
-            print(f"no {DATASETS[checkpoint.config.dataset]} in {data}: the forward process is drawn "
-                  "on generated images", file=sys.stderr)
+            print(f"no {DATASETS[checkpoint.config.dataset]} in {data}: the forward process is "
+                  "drawn on generated images", file=sys.stderr)
     chain = {}
     if {"trajectory", "grid"} & set(names) or ("forward" in names and not real):
         model = checkpoint.model.to(pick_device(device))
@@ -263,9 +263,9 @@ def draw(name: str, material: Material, folder: Path) -> Path:
         path = folder / f"{name}.png"
         figure.savefig(path, metadata={
             "Software": None,  # a version number here would change the bytes
-            "Description": f"{material.dataset}, {len(material.checkpoint.history['loss'])} epochs, training "
-                           f"seed {config.seed}, {config.schedule} schedule, T = {config.T}, "
-                           f"{material.parameters} parameters"})
+            "Description": f"{material.dataset}, {len(material.checkpoint.history['loss'])} "
+                           f"epochs, training seed {config.seed}, {config.schedule} schedule, "
+                           f"T = {config.T}, {material.parameters} parameters"})
     return path
 
 

@@ -335,7 +335,7 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
         epoch, i = divmod(step, steps)
         if i == 0:
             order, begun = torch.randperm(len(digits), generator=generator), time.perf_counter()
-        # The numbers are those of the list at the top of this file.
+        # The numbers are those of the list at the top of this file.        [DDPM Algorithm 1]
         x0 = from_uint8(digits[order[i * size:(i + 1) * size]])                                # 1
         t = draw_t(size, schedule.T, generator)                                                # 2
         eps = torch.randn(x0.shape, generator=generator)

@@ -66,6 +66,34 @@ def test_loss_shows_history_and_the_blogs_numbers(material):
     assert held_out == material.checkpoint.history["held_out"]
 
 
+def test_loss_of_a_run_under_way(tiny_run, tmp_path, monkeypatch, capsys):
+    """plots.py loss draws your own run before it is finished, and before its first epoch is; the
+    other figures take the shipped model then."""
+    import sample as sampler
+    state = torch.load(tiny_run / "model.pt", weights_only=True)
+    monkeypatch.setattr(sampler, "HERE", tmp_path)
+    own = tmp_path / "runs" / "mnist" / "model.pt"
+    own.parent.mkdir(parents=True)
+    for losses in ([], [0.5]):
+        history = {"loss": losses, "held_out": losses, "seconds": losses, "step_loss": losses}
+        torch.save({**state, "config": {**state["config"], "epochs": 9}, "history": history}, own)
+        script.main(["loss", "--device", "cpu"])
+        assert (own.parent / "figures" / "loss.png").stat().st_size > 10_000
+        assert str(own) in capsys.readouterr().out
+    script.main(["embedding", "--device", "cpu", "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "not finished" in err and str(script.SHIPPED) in out
+
+
+def test_blog_is_shown_beside_mnist_alone(material):
+    """A model of other images is drawn without the blog's numbers, and the figure says which."""
+    import copy
+    other = copy.deepcopy(material)
+    other.checkpoint.config.dataset = "builtin"
+    figure = script.plot_loss(other)
+    assert len(figure.axes[0].lines) == 2 and "built-in digits" in figure.axes[0].get_title()
+
+
 def test_forward_process_says_whose_digits_it_shows(material, tiny_run, tmp_path):
     """With MNIST at hand: real digits, and no sampling. Without: the network's, and it says so."""
     labels = torch.tensor([7, 2, 4, 9])
