@@ -34,6 +34,7 @@ import runpy
 import signal
 import sys
 import time
+import warnings
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -42,7 +43,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from schedule import NoiseSchedule
@@ -235,7 +235,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises OSError, or ValueError if the file is damaged, foreign, or of another network.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # one line will do if the file is foreign
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            assert isinstance(state, dict)
         with torch.device("meta"):  # shapes only: random weights would be overwritten at once
             model = UNet(**state["network"])
         model.load_state_dict(state["average"], assign=True)
@@ -243,21 +245,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         schedule = NoiseSchedule(config.T, config.schedule)
         return Checkpoint(model.eval(), schedule, config, state["history"], state)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise OSError(f"no model file {path} ({error.strerror}); python train.py makes one") from None
+        raise OSError(f"no model file {path} ({error.strerror}); python train.py makes one")
     except Exception as error:  # of many kinds, and few of them ours
         raise ValueError(f"{path} is damaged, or no model file of unet.py and train.py as they are "
                          "now; train a new one") from error
 
 
 # ---------------------------------------------------------------------------------- the training
-
-def over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The mean over all processes that torchrun has started; without it, the values themselves."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
-
 
 def train(config: Config, resume: bool = False, images: tuple | None = None,
           stop: list[int] | None = None) -> dict[str, list[float]]:
@@ -275,8 +269,8 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
     if last.exists() and not resume:
         raise ValueError(f"{out} holds a run already; go on with it by --resume, or name another "
                          "folder by --out")
-    state = load_checkpoint(last).state if resume else {"config": {}, "network": {}, "adam": {}}
-    if "adam" not in state:
+    state = load_checkpoint(last).state if resume else {"config": {}, "network": {}}
+    if resume and "adam" not in state:
         raise ValueError(f"{last} holds no run that could go on, only a model")
     for name, value in state["config"].items():
         if getattr(config, name) != value:
@@ -284,7 +278,8 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
                              f"{getattr(config, name)}; resume it without that option")
     if rank == 0:
         print(f"{DATASETS[config.dataset]}, on {device}, into {out}", flush=True)
-    digits, held_out = images or [load_images(config.data, part, config.dataset)[0]
+    # Several processes would download into each other's files.
+    digits, held_out = images or [load_images(config.data, part, config.dataset, world == 1)[0]
                                   for part in (True, False)]
     if config.val_images:
         digits, held_out = digits[:-config.val_images], digits[-config.val_images:]
@@ -327,7 +322,7 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
     if rank == 0 and not resume:  # of several processes, the first one saves and reports
         out.mkdir(parents=True, exist_ok=True)
         write()  # and here if the disk is full
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     schedule, total = NoiseSchedule(config.T, config.schedule), config.epochs * steps
     done, recent = len(history["step_loss"]), []
     bar = tqdm(initial=done, total=total, unit=" steps", disable=rank > 0 or None)
@@ -354,27 +349,31 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
 
         recent.append(loss.detach())
         bar.update()
-        complete, halt = i + 1 == steps, over_processes(torch.tensor(float(bool(stop)))) > 0
+        complete, halt = i + 1 == steps, torch.tensor(int(bool(stop)))
+        if world > 1:
+            dist.all_reduce(halt)  # if one must stop, all do, after the same step
         if i % 20 == 19 or complete or halt:  # not always, as reading off a GPU waits for it
-            history["step_loss"] += over_processes(torch.stack(recent).cpu()).tolist()
+            losses = torch.stack(recent).cpu()
+            if world > 1:
+                dist.all_reduce(losses)
+            history["step_loss"] += (losses / world).tolist()
             recent.clear()
         if complete:
             history["loss"].append(sum(history["step_loss"][-steps:]) / steps)
             history["held_out"].append(evaluate(average, schedule, held_out) if rank == 0 else 0)
             history["seconds"].append(time.perf_counter() - begun)
         if not math.isfinite(sum(history["step_loss"] + history["held_out"])):
-            # Stop before a diverged network is saved over a good one.
-            raise FloatingPointError(
+            raise FloatingPointError(  # before a diverged network is saved over a good one
                 f"the loss is no longer finite in epoch {epoch + 1}, step {i + 1}; good files are "
                 "kept; train anew with a lower --lr and another --out")
         if rank == 0 and (complete or halt):
             write()
         if rank == 0 and complete:
-            blog = BLOG_LOSS[epoch] if config.dataset == "mnist" and epoch < len(BLOG_LOSS) else ""
+            beside = config.dataset == "mnist" and not config.images and epoch < len(BLOG_LOSS)
             with bar.external_write_mode():
                 print(f"epoch {epoch + 1:2d}/{config.epochs}   loss {history['loss'][-1]:.4f}   "
                       f"held-out {history['held_out'][-1]:.4f}   {history['seconds'][-1]:4.0f} s"
-                      + (f"   blog's loss {blog:.4f}" if blog else ""), flush=True)
+                      + (f"   blog's loss {BLOG_LOSS[epoch]:.4f}" if beside else ""), flush=True)
         if halt:
             break
     bar.close()
@@ -400,8 +399,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
     def note(number, frame):  # a signal is only noted, so that no step is cut in two
-        if noted:
-            raise KeyboardInterrupt  # but a second one acts at once
+        if noted and not dist.is_initialized():
+            raise KeyboardInterrupt  # but a second one acts at once (torchrun sends two)
         noted.append(number)
 
     try:
@@ -418,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
                 config = Config(**{**saved, "out": config.out, **given})
             elif "dataset" not in given:
                 try:
-                    load_images(config.data)
+                    load_images(config.data, download=not dist.is_initialized())
                 except FileNotFoundError:
                     notice = (f"no MNIST in {config.data}, nor a download: these are the built-in "
                               "digits (--dataset mnist says what is missing)\n")
