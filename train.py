@@ -266,7 +266,7 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
     """
     out, last, device = Path(config.out), Path(config.out, "last.pt"), pick_device(config.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if last.exists() and not resume:
+    if rank == 0 and last.exists() and not resume:  # the others may look after rank 0 has written
         raise ValueError(f"{out} holds a run already; go on with it by --resume, or name another "
                          "folder by --out")
     state = load_checkpoint(last).state if resume else {"config": {}, "network": {}}

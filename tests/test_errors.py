@@ -11,6 +11,7 @@ import importlib
 import os
 import pickle
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -347,8 +348,11 @@ def test_two_processes_give_the_weights_of_one(place, tmp_path):
     """
     options = ["--data", str(place / "mnist"), "--device", "cpu", "--batch-size", "8", "--epochs",
                "3", "--out"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-                "--master-port=29561"]
+                f"--master-port={port}"]
     done = subprocess.run([*torchrun, str(HERE / "train.py"), *options, str(tmp_path / "two")],
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
