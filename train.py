@@ -358,14 +358,14 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
                 dist.all_reduce(losses)
             history["step_loss"] += (losses / world).tolist()
             recent.clear()
-        if complete:
-            history["loss"].append(sum(history["step_loss"][-steps:]) / steps)
-            history["held_out"].append(evaluate(average, schedule, held_out) if rank == 0 else 0)
-            history["seconds"].append(time.perf_counter() - begun)
-        if not math.isfinite(sum(history["step_loss"] + history["held_out"])):
-            raise FloatingPointError(  # before a diverged network is saved over a good one
-                f"the loss is no longer finite in epoch {epoch + 1}, step {i + 1}; good files are "
-                "kept; train anew with a lower --lr and another --out")
+            if complete:
+                history["loss"].append(sum(history["step_loss"][-steps:]) / steps)
+                history["held_out"].append(evaluate(average, schedule, held_out) if rank == 0 else 0)
+                history["seconds"].append(time.perf_counter() - begun)
+            if not math.isfinite(losses.sum() + sum(history["held_out"])):
+                raise FloatingPointError(  # before a diverged network is saved over a good one
+                    f"the loss is no longer finite in epoch {epoch + 1}, step {i + 1}; good files "
+                    "are kept; train anew with a lower --lr and another --out")
         if rank == 0 and (complete or halt):
             write()
         if rank == 0 and complete:
@@ -417,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
                 config = Config(**{**saved, "out": config.out, **given})
             elif "dataset" not in given:
                 try:
-                    load_images(config.data, download=not dist.is_initialized())
+                    load_images(config.data, False, download=not dist.is_initialized())
                 except FileNotFoundError:
                     notice = (f"no MNIST in {config.data}, nor a download: these are the built-in "
                               "digits (--dataset mnist says what is missing)\n")
