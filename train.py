@@ -15,9 +15,9 @@ One step of training is Algorithm 1 of [DDPM]:
     5. move the weights a little along the negative gradient of the mean of (ε - ε_θ)²
 
 The loss starts at 1, the variance of the noise, because an untrained network answers 0. It falls
-below 0.1 within the first hundred steps and then ever more slowly. It never reaches 0: from a
-noisy image nobody can tell exactly which part of it is noise. Most of the loss is this unavoidable
-part, so what is still learned late in training changes only its third and fourth decimal.
+below 0.1 within the first hundred steps and then ever more slowly, never to 0: from a noisy image
+nobody can tell exactly which part of it is noise. Most of the loss is this unavoidable part. What
+is learned late changes only its third and fourth decimal.
 
 Each epoch prints the training loss (the mean over its steps), the held-out loss (averaged weights,
 digits not trained on, the same noise every time) and the blog's. It writes model.pt, the averaged
@@ -35,10 +35,10 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import ExitStack, redirect_stdout
+from collections import namedtuple
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,12 +54,13 @@ BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0
              0.0686, 0.0670, 0.0644, 0.0632, 0.0619)
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
             "builtin": "built-in digits", "folder": "images of a folder"}
+Checkpoint = namedtuple("Checkpoint", "model schedule config history state")  # of a model file
 QUICK = {"epochs": 1, "batch_size": 32, "lr": 4e-3, "images": 22_400, "val_images": 2_000}
 
 
-def option(default, text: str, *allowed):
-    """A field of Config: its help, and the lowest and highest number or the names it may be."""
-    return field(default=default, metadata={"help": text, "allowed": allowed})
+def option(default, text: str, *known):
+    """A field of Config: its help, and the names known, or the lowest and highest number."""
+    return field(default=default, metadata={"help": text, "known": known})
 
 
 @dataclass
@@ -82,37 +83,30 @@ class Config:
 
     # Where to compute it. Not saved: another machine has other folders.
     data: str = option(str(HERE / "data"), "folder with MNIST/raw, or a folder of images a class")
-    out: str = option("", "folder for the model files; if empty, runs/DATASET or runs/DATASET-IMAGES")
+    out: str = option("", "folder for the model files; if empty, runs/DATASET[-IMAGES]")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
     def __post_init__(self):
         for f in fields(self):
-            value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            if isinstance(value, str):
-                if allowed and value not in allowed:
-                    raise ValueError(f"unknown {f.name} {value!r}; known are {', '.join(allowed)}")
-            elif not allowed[0] <= value <= allowed[1]:  # NaN fails too
-                low, high = allowed
-                raise ValueError(f"{f.name} must be between {low} and {high}, not {value}")
+            name, value, known = f.name, getattr(self, f.name), f.metadata["known"]
+            if f.type is str and known and value not in known:
+                raise ValueError(f"unknown {name} {value!r}; known are {', '.join(known)}")
+            if f.type is not str and not known[0] <= value <= known[1]:  # NaN fails too
+                raise ValueError(f"{name} must be between {known[0]} and {known[1]}, not {value}")
         NoiseSchedule(self.T, self.schedule)  # raises with advice of its own
-        part = f"-{self.images}" if self.images else ""
-        self.out = self.out or str(HERE / "runs" / (self.dataset + part))
+        self.out = self.out or str(HERE / f"runs/{self.dataset}-{self.images}".removesuffix("-0"))
 
-
-# ------------------------------------------------------------------------------------ the images
 
 def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: str = "mnist",
                 download: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of one split, uint8 (N, 1, 28, 28), and their labels, int64 (N,).
+    """All images of one split, uint8 (N, 1, 28, 28), and their labels, int64 (N,). Raises
+    FileNotFoundError if they are not to be had, ValueError if they are damaged.
 
     data     a folder with MNIST/raw (FashionMNIST/raw, KMNIST/raw), downloaded if missing. For the
              data set "folder" one in torchvision's ImageFolder layout; every tenth is held out
     dataset  a name of DATASETS
-
-    Raises FileNotFoundError if they are not to be had, ValueError if they are damaged.
     """
     from torchvision import datasets, transforms  # here, because it takes seconds to import
-
     if dataset == "builtin":  # drawn with the fonts of matplotlib, which is another tale
         draw = runpy.run_path(str(HERE / "tests" / "digits.py"))["builtin_digits"]
         return draw(60_000, seed=0) if train else draw(10_000, seed=1)
@@ -149,9 +143,9 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
 def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
     """Noise levels for a batch: each uniform on 1..T, together evenly spread.    [compare VDM]
 
-    Independent draws leave gaps, and a batch with more of the small t, where the loss is largest,
-    looks worse than it is. So 1..T is cut into `count` equal strata, with one draw in each, which
-    are dealt to the images at random. The expected gradient is the same, its noise smaller.
+    A batch with more of the small t, where the loss is largest, looks worse than it is. So 1..T is
+    cut into `count` equal strata, with one draw in each, which are dealt to the images at random.
+    The expected gradient is the same, its noise smaller.
     """
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -160,10 +154,8 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
-    """The learning rate of step 0..steps-1: a straight rise, then half a cosine down to 0.
-
-    Adam moves a weight by this rate times the running mean of its gradient over the root of that of
-    its squares; means of few steps say little, hence the rise. The fall lets the weights settle.
+    """The learning rate of step 0..steps-1: a straight rise, as Adam's running means say little at
+    first, then half a cosine down to 0, which lets the weights settle.
     """
     rise = max(1, round(config.warmup * steps))
     fall = 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
@@ -174,9 +166,8 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 def update_average(average: UNet, model: UNet, step: int, decay: float) -> None:
     """Move the averaged weights a little towards the current ones, after step 0, 1, 2, ...
 
-    The weights jitter around a good place, and their average is nearer to it than any one of them.
-    At the beginning an average over 1,000 steps would be mostly the random initial weights, so the
-    decay starts at 0.1 and rises, to 0.9987 after 7,020 steps. Longer runs reach the 0.999.
+    The weights jitter around a good place, and their average is nearer to it. The decay starts at
+    0.1, to forget the random initial weights, and rises to 0.9987 after 7,020 steps.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for mean, weight in zip(average.parameters(), model.parameters()):
@@ -204,8 +195,6 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
     return total / images.numel()
 
 
-# ------------------------------------------------------------------------------------ model files
-
 def save(path: Path, state: dict) -> None:
     """Write a file beside the old one, which it replaces only when it is complete."""
     part = path.with_name(path.name + ".part")
@@ -213,83 +202,63 @@ def save(path: Path, state: dict) -> None:
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file)  # now it is on the disk, not only on its way
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch makes the second of the first
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error}); what was there is kept") from error
 
 
-class Checkpoint(NamedTuple):
-    """What a model file holds, and all of it as it is. The model is the average, in eval mode."""
-    model: UNet
-    schedule: NoiseSchedule
-    config: Config
-    history: dict[str, list[float]]
-    state: dict
-
-
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a model.pt or last.pt: plain tensors and numbers, never code (weights_only).
-
-    Raises OSError, or ValueError if the file is damaged, foreign, or of another network.
+    """Read a model.pt or last.pt: plain tensors and numbers, never code (weights_only). The model
+    is the average, in eval mode; state is all of the file. Raises OSError, or ValueError if the
+    file is damaged, foreign, or of another network.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # one line will do if the file is foreign
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            assert isinstance(state, dict)
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
         with torch.device("meta"):  # shapes only: random weights would be overwritten at once
             model = UNet(**state["network"])
         model.load_state_dict(state["average"], assign=True)
         config = Config(**state["config"])
-        schedule = NoiseSchedule(config.T, config.schedule)
-        return Checkpoint(model.eval(), schedule, config, state["history"], state)
+        return Checkpoint(model.eval(), NoiseSchedule(config.T, config.schedule), config,
+                          state["history"], state)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise OSError(f"no model file {path} ({error.strerror}); python train.py makes one")
     except Exception as error:  # of many kinds, and few of them ours
-        raise ValueError(f"{path} is damaged, or no model file of unet.py and train.py as they are "
-                         "now; train a new one") from error
+        raise ValueError(f"{path} is damaged, or no model file of ours; train anew") from error
 
-
-# ---------------------------------------------------------------------------------- the training
 
 def train(config: Config, resume: bool = False, images: tuple | None = None,
           stop: list[int] | None = None) -> dict[str, list[float]]:
-    """Train a UNet; write model.pt and last.pt into config.out after each epoch; return the history:
-    lists "loss", "held_out" and "seconds" by epoch, "step_loss" by step.
+    """Train a UNet, write model.pt and last.pt into config.out after each epoch, and return the
+    history: lists "loss", "held_out" and "seconds" by epoch, and "step_loss" by step. Raises
+    ValueError, RuntimeError, FloatingPointError or OSError.
 
     resume  go on from last.pt in config.out, bit for bit as if never stopped
     images  training and held-out images, uint8 (N, 1, H, W) each; those of config.dataset if None
     stop    a list; when something is put into it, training finishes the step, saves and returns
-
-    Raises ValueError, RuntimeError, FloatingPointError or OSError.
     """
     out, last, device = Path(config.out), Path(config.out, "last.pt"), pick_device(config.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank == 0 and last.exists() and not resume:  # the others may look after rank 0 has written
-        raise ValueError(f"{out} holds a run already; go on with it by --resume, or name another "
-                         "folder by --out")
+        raise ValueError(f"{out} holds a run already: go on by --resume, or name another by --out")
     state = load_checkpoint(last).state if resume else {"config": {}, "network": {}}
     if resume and "adam" not in state:
         raise ValueError(f"{last} holds no run that could go on, only a model")
     for name, value in state["config"].items():
         if getattr(config, name) != value:
-            raise ValueError(f"the run in {out} has {name} = {value}, not "
-                             f"{getattr(config, name)}; resume it without that option")
-    if rank == 0:
-        print(f"{DATASETS[config.dataset]}, on {device}, into {out}", flush=True)
-    # Several processes would download into each other's files.
+            raise ValueError(f"the run in {out} has {name} = {value}, not {getattr(config, name)}")
+    print(f"{DATASETS[config.dataset]}, on {device}, into {out}", flush=True)
     digits, held_out = images or [load_images(config.data, part, config.dataset, world == 1)[0]
-                                  for part in (True, False)]
+                                  for part in (True, False)]  # only a lone process downloads
     if config.val_images:
         digits, held_out = digits[:-config.val_images], digits[-config.val_images:]
     digits, size = digits[:config.images or None], config.batch_size
     steps = len(digits) // size  # in an epoch; an incomplete last batch is dropped
-    if steps == 0 or len(held_out) == 0:
-        raise ValueError(f"{len(digits)} training images are too few for batches of {size}; lower "
-                         "batch_size or val_images")
-    if size % world:
-        raise ValueError(f"batch_size {size} cannot be shared equally by {world} processes")
+    if steps == 0 or len(held_out) == 0 or size % world:
+        raise ValueError(f"{len(digits)} images are too few for batches of {size}, or none is held "
+                         f"out, or a batch cannot be shared equally by {world} processes")
 
     # The weights come from the global generator, which is put back as it was found. All else comes
     # from one generator of our own. It lives on the CPU, so every device sees the same noise.
@@ -308,25 +277,11 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
         history, order, begun = state["history"], state["order"], begun - state["seconds"]
-    # Fail here, not in an hour, if the network cannot take images of this size.
-    average(from_uint8(digits[:1]).to(device), torch.ones(1, dtype=torch.long, device=device))
-
-    def write() -> None:
-        what = {k: v for k, v in vars(config).items() if k not in ("data", "out", "device")}
-        result = dict(format=1, config=what, network=model.config, history=history,
-                      average={k: v.cpu() for k, v in average.state_dict().items()})
-        save(out / "model.pt", result)
-        save(last, dict(result, weights=model.state_dict(), adam=adam.state_dict(), order=order,
-                        generator=generator.get_state(), seconds=time.perf_counter() - begun))
-
-    if rank == 0 and not resume:  # of several processes, the first one saves and reports
-        out.mkdir(parents=True, exist_ok=True)
-        write()  # and here if the disk is full
     network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     schedule, total = NoiseSchedule(config.T, config.schedule), config.epochs * steps
     done, recent = len(history["step_loss"]), []
-    bar = tqdm(initial=done, total=total, unit=" steps", disable=rank > 0 or None)
-    for step in range(done, total):
+    bar = tqdm(range(done, total), initial=done, total=total, disable=rank > 0 or None)
+    for step in bar:
         epoch, i = divmod(step, steps)
         if i == 0:
             order, begun = torch.randperm(len(digits), generator=generator), time.perf_counter()
@@ -348,70 +303,77 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
         update_average(average, model, step, config.ema)
 
         recent.append(loss.detach())
-        bar.update()
         complete, halt = i + 1 == steps, torch.tensor(int(bool(stop)))
         if world > 1:
             dist.all_reduce(halt)  # if one must stop, all do, after the same step
-        if i % 20 == 19 or complete or halt:  # not always, as reading off a GPU waits for it
+        due = complete or halt or step == 0  # to be saved; early, too, lest the disk be full
+        if due or i % 20 == 19:  # not always, as reading off a GPU waits for it
             losses = torch.stack(recent).cpu()
             if world > 1:
                 dist.all_reduce(losses)
             history["step_loss"] += (losses / world).tolist()
             recent.clear()
-            if complete:
-                history["loss"].append(sum(history["step_loss"][-steps:]) / steps)
-                history["held_out"].append(evaluate(average, schedule, held_out) if rank == 0 else 0)
-                history["seconds"].append(time.perf_counter() - begun)
-            if not math.isfinite(losses.sum() + sum(history["held_out"])):
-                raise FloatingPointError(  # before a diverged network is saved over a good one
-                    f"the loss is no longer finite in epoch {epoch + 1}, step {i + 1}; good files "
-                    "are kept; train anew with a lower --lr and another --out")
-        if rank == 0 and (complete or halt):
-            write()
-        if rank == 0 and complete:
+            error = evaluate(average, schedule, held_out) if complete and rank == 0 else 0.0
+            if not math.isfinite(losses.sum() + error):  # before it is saved over a good one
+                raise FloatingPointError(f"the loss is no longer finite in epoch {epoch + 1}, step "
+                                         f"{i + 1}; start anew with a lower --lr and another --out")
+        if complete:
+            history["loss"].append(sum(history["step_loss"][-steps:]) / steps)
+            history["held_out"].append(error)
+            history["seconds"].append(time.perf_counter() - begun)
             beside = config.dataset == "mnist" and not config.images and epoch < len(BLOG_LOSS)
             with bar.external_write_mode():
                 print(f"epoch {epoch + 1:2d}/{config.epochs}   loss {history['loss'][-1]:.4f}   "
-                      f"held-out {history['held_out'][-1]:.4f}   {history['seconds'][-1]:4.0f} s"
+                      f"held-out {error:.4f}   {history['seconds'][-1]:4.0f} s"
                       + (f"   blog's loss {BLOG_LOSS[epoch]:.4f}" if beside else ""), flush=True)
+        if due and rank == 0:  # of several processes, the first one saves
+            out.mkdir(parents=True, exist_ok=True)
+            what = {k: v for k, v in vars(config).items() if k not in ("data", "out", "device")}
+            result = dict(format=1, config=what, network=model.config, history=history,
+                          average={k: v.cpu() for k, v in average.state_dict().items()})
+            save(out / "model.pt", result)
+            save(last, dict(result, weights=model.state_dict(), adam=adam.state_dict(), order=order,
+                            generator=generator.get_state(), seconds=time.perf_counter() - begun))
         if halt:
             break
-    bar.close()
     return history
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Train a diffusion model.")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
     for f in fields(Config):
         # SUPPRESS tells options that were given from defaults; --resume needs to know.
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__,
                             default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--quick", action="store_true", help=f"a first look: {QUICK}")
+    parser.add_argument("--quick", action="store_const", const=QUICK, default={},
+                        help=f"a first look: {QUICK}")
     given = vars(parser.parse_args(argv))
-    resume, notice, noted = given.pop("resume"), "", []
-    first = os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes that it starts
-    given = {**(QUICK if given.pop("quick") else {}), **given}
+    resume, given = given.pop("resume"), {**given.pop("quick"), **given}  # what is given wins
     try:
         config = Config(**given)
         pick_device(config.device)
     except ValueError as error:
         parser.error(str(error))
+    noted, notice = [], ""
 
-    def note(number, frame):  # a signal is only noted, so that no step is cut in two
+    def note(number, frame):  # A signal is only noted, so that no step is cut in two.
         if noted and not dist.is_initialized():
-            raise KeyboardInterrupt  # but a second one acts at once (torchrun sends two)
+            sys.exit(128 + number)  # But a second one acts at once. (Torchrun sends two.)
         noted.append(number)
 
     try:
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # which puts all back as it was
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, note))
             if "LOCAL_RANK" in os.environ:  # torchrun has started several of these processes
                 if torch.cuda.is_available():
                     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+                dist.init_process_group()  # gloo among CPUs, NCCL among GPUs
                 stack.callback(dist.destroy_process_group)
+                if dist.get_rank() > 0:  # the first one speaks for all
+                    stack.enter_context(redirect_stdout(None))
+                    stack.enter_context(redirect_stderr(None))
             if resume:  # what is not given is as it was
                 saved = load_checkpoint(Path(config.out, "last.pt")).state["config"]
                 config = Config(**{**saved, "out": config.out, **given})
@@ -422,18 +384,14 @@ def main(argv: list[str] | None = None) -> None:
                     notice = (f"no MNIST in {config.data}, nor a download: these are the built-in "
                               "digits (--dataset mnist says what is missing)\n")
                     config = Config(**given, dataset="builtin")
-            print(notice * first, end="", flush=True)
+            print(notice, end="", flush=True)
             history = train(config, resume, stop=noted)
-    except KeyboardInterrupt:
-        sys.exit(130)
+            print(notice + (f"stopped at step {len(history['step_loss'])}; to go on, add --resume "
+                            f"--out {config.out}" if noted else "done; now type: python sample.py "
+                            f"--checkpoint {Path(config.out, 'model.pt')}"),
+                  file=sys.stderr if noted else sys.stdout)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit("train.py: " + str(error).partition("\n")[0])
-    if noted and first:
-        print(f"{notice}stopped after {len(history['step_loss'])} steps; to go on, add --resume"
-              f"{' --dataset builtin' if notice else ''} to the command", file=sys.stderr)
-    elif first:
-        print(f"{notice}done; now type: python sample.py --checkpoint "
-              f"{Path(config.out, 'model.pt')}")
     if noted:
         sys.exit(128 + noted[0])
 

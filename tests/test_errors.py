@@ -129,7 +129,7 @@ TABLE = [
     ("train", "--data {p}/zeros", 1, "is damaged"),
     ("train", "--data {p}/dims", 1, "is damaged"),
     ("train", "--data {p}/few", 1, "is damaged"),
-    ("train", f"--data {{p}}/odd {BATCH}", 1, "multiples of 4, not (1, 1, 30, 30)"),
+    ("train", f"--data {{p}}/odd {BATCH}", 1, "multiples of 4, not (8, 1, 30, 30)"),
     ("train", "--data {p}/mnist --batch-size 17", 1, "too few for batches of 17"),
     ("train", "--data {p}/mnist --val-images 16", 1, "too few for batches"),
     ("train", "--data {p}/void --dataset folder", 1, "class folder"),
