@@ -4,11 +4,14 @@
 
 The blog's network has as many parameters, so it is a yardstick that everybody can run: the ratio of
 the two says more than seconds do, which depend on the machine and on what else runs on it. Both are
-measured in turn, many times; given are the median and the best. A matrix product of 2048 x 2048
-tells how fast the machine itself is.
+measured in turn, many times; given are the median and the best. A matrix product of 2048 x 2048 in
+float32, in which both networks compute, tells how fast the machine itself is. "Of peak" is the share
+of that speed which the multiply-adds of a network reach (backward counts as two forward passes).
+Sampling is counted in image-steps: 32 digits in 1,000 steps are 32,000 of them.
 """
 
 import argparse
+import resource
 import statistics
 import sys
 import time
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -46,6 +50,14 @@ class BlogNet(nn.Module):
         x = F.gelu(self.up[0](torch.cat([self.enlarge[0](x), second], dim=1)))
         x = F.gelu(self.up[1](torch.cat([self.enlarge[1](x), first], dim=1)))
         return self.out(x)
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module) -> int:
+    """Those of one image: a multiplication and an addition are two of the counter's operations."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, 28, 28), torch.ones(1, dtype=torch.long))
+    return counter.get_total_flops() // 2
 
 
 def main() -> None:
@@ -80,9 +92,11 @@ def main() -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        models = {"ours": UNet().to(device), "the blog's": BlogNet().to(device)}
+        models = {"ours": UNet(), "the blog's": BlogNet()}
+    macs = {name: multiply_adds(model) for name, model in models.items()}
+    models = {name: model.to(device) for name, model in models.items()}
     jobs = {("training", name): trainer(model) for name, model in models.items()}
-    jobs |= {("prediction", name): predictor(model) for name, model in models.items()}
+    jobs |= {("sampling", name): predictor(model) for name, model in models.items()}
     jobs["product", ""] = lambda: square @ square
 
     seconds = {job: [] for job in jobs}
@@ -96,18 +110,24 @@ def main() -> None:
             if round_ > 0:  # the first round warms up
                 seconds[job].append((time.perf_counter() - start) / 3)
 
-    def speed(job, amount: float) -> str:
-        values = seconds[job]
-        median, best = amount / statistics.median(values), amount / min(values)
-        return f"median {median:7,.0f}   best {best:7,.0f}"
+    def line(what: str, job: tuple[str, str], amount: float, flop: float) -> str:
+        times, peak = seconds[job], seconds["product", ""]
+        share = statistics.median(flop / a / (2 * 2048**3 / b) for a, b in zip(times, peak))
+        return (f"{what:35} median {amount / statistics.median(times):7,.0f}   best "
+                f"{amount / min(times):7,.0f}   of peak {share:4.0%}")
 
-    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads")
-    print(f"2048 x 2048 product, GFLOP/s        {speed(('product', ''), 2 * 2048**3 / 1e9)}")
-    for what in ("training", "prediction"):
-        for name in models:
-            print(f"{what + ', ' + name + ', images/s':35} {speed((what, name), 128)}")
+    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, float32")
+    print(line("2048 x 2048 product, GFLOP/s", ("product", ""), 2 * 2048**3 / 1e9, 2 * 2048**3))
+    for what, passes, unit in (("training", 3, "images/s"), ("sampling", 1, "image-steps/s")):
+        for name, model in models.items():
+            flop = 128 * passes * 2 * macs[name]
+            print(line(f"{what}, {name}, {unit}", (what, name), 128, flop))
         ratios = [a / b for a, b in zip(seconds[what, "ours"], seconds[what, "the blog's"])]
         print(f"{what}: ours takes {statistics.median(ratios):.2f} times the blog's time")
+    print("multiply-adds: " + ", ".join(f"{name} {n / 1e6:.1f} M" for name, n in macs.items()))
+    used = (torch.cuda.max_memory_allocated() if device.type == "cuda"  # ru_maxrss is in KiB on Linux
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10)
+    print(f"peak memory of all this: {used / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""The laws of the yardstick: what a distance between sets of images must and must not see."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import yardstick
+from digits import builtin_digits
+from strategies import FEW, SEED, normal, pictures
+from yardstick import frechet_distance, look, measure, nearest_distance
+
+
+@given(SEED, st.integers(1, 6), st.integers(10, 40))
+def test_distance_of_a_set_to_itself_is_zero_and_symmetric(seed, width, count):
+    """d(a, a) = 0, d(a, b) = d(b, a), and the order of the rows does not matter."""
+    a, b = normal(seed, count, width), normal(seed + 1, count + 3, width) * 2 + 1
+    assert abs(frechet_distance(a, a)) < 1e-10
+    assert math.isclose(frechet_distance(a, b), frechet_distance(b, a), rel_tol=1e-8)
+    assert math.isclose(frechet_distance(a, b), frechet_distance(a.flip(0), b), rel_tol=1e-8)
+
+
+@given(SEED, st.floats(0.1, 10), st.floats(-5, 5))
+def test_distance_in_one_dimension_is_known(seed, stretch, shift):
+    """In one dimension it is (μ_a - μ_b)² + (σ_a - σ_b)².                             [FID Eq. 6]"""
+    a = normal(seed, 30, 1)
+    b = a * stretch + shift
+    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert math.isclose(frechet_distance(a, b), expected.item(), rel_tol=1e-9, abs_tol=1e-11)
+
+
+@given(SEED)
+def test_distance_equals_the_general_formula(seed):
+    """The trace of (C_a C_b)^½ is the sum of the roots of the eigenvalues of C_a C_b, by a solver
+    for matrices that are not symmetric."""
+    a, b = normal(seed, 50, 4) @ normal(seed + 1, 4, 4), normal(seed + 2, 50, 4) @ normal(seed + 3, 4, 4)
+    eigenvalues = torch.linalg.eigvals(a.T.cov() @ b.T.cov())
+    expected = ((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace()
+                - 2 * eigenvalues.real.clamp(min=0).sqrt().sum())
+    # Eigenvalues near 0 are exact to about 1e-16 of the largest one, their roots to 1e-8 of its root.
+    scale = (a.T.cov().trace() + b.T.cov().trace()).item()
+    assert abs(frechet_distance(a, b) - expected.item()) < 1e-6 * scale
+
+
+@given(SEED, st.floats(0.3, 0.9))
+def test_distance_sees_covariance_alone(seed, correlation):
+    """Same means and same variances, another correlation: for standard normal pairs the distance is
+    2 (2 - √(1 + ρ) - √(1 - ρ)), because (C_a C_b)^½ has the eigenvalues √(1 ± ρ)."""
+    x = normal(seed, 200, 2)
+    x = x - x.mean(0)
+    white = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # covariance 1, exactly
+    mix = torch.tensor([[1, 0], [correlation, math.sqrt(1 - correlation**2)]], dtype=torch.float64)
+    expected = 2 * (2 - math.sqrt(1 + correlation) - math.sqrt(1 - correlation))
+    assert math.isclose(frechet_distance(white, white @ mix.T), expected, rel_tol=1e-8)
+
+
+@FEW
+@given(SEED)
+def test_nearest_distance_equals_a_plain_loop(seed):
+    """The root of the mean square of the difference, smallest of all; 0 for a set within another."""
+    images, others = pictures(5, 8, seed), pictures(7, 8, seed + 1)
+    loop = [min(((a - b) ** 2).mean().sqrt().item() for b in others.double() / 127.5)
+            for a in images.double() / 127.5]
+    found = nearest_distance(images, others).tolist()
+    # The squares cancel in float32: 64 products of size 1, each rounded to 6e-8, give errors of
+    # 64 * 6e-8 / 64 in the mean square, and of its root near zero.
+    assert found == pytest.approx(loop, abs=1e-3)
+    assert nearest_distance(images, torch.cat([others, images])).amax() < 1e-3
+
+
+def test_training_teaches_the_classifier_and_measure_sees_what_was_drawn():
+    """400 built-in digits, six times: better than chance by far on others, and noise is far away."""
+    images, labels = builtin_digits(400, seed=0)
+    others, truth = builtin_digits(200, seed=1)
+    before = torch.get_rng_state()
+    classifier = yardstick.train_classifier(images, labels, epochs=6, batch_size=25)
+    assert torch.equal(before, torch.get_rng_state())
+    reference = look(classifier, others)
+    assert reference[0].dtype == reference[1].dtype == torch.float64
+    assert torch.allclose(reference[1].sum(1), torch.ones(200, dtype=torch.float64))
+    assert (reference[1].argmax(1) == truth).double().mean() > 0.6  # chance is 0.1
+    real = measure(classifier, images[:200], reference, images)
+    noise = measure(classifier, torch.randint(
+        256, (200, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
+        reference, images)
+    assert sum(real["classes"]) == real["count"] == 200
+    assert real["nearest"] < 1e-3 < noise["nearest"]
+    assert 10 * real["distance"] < noise["distance"]
+    same = measure(classifier, others, reference, images)
+    assert same["chi2"] == 0 and abs(same["distance"]) < 1e-6 * real["distance"]
+
+
+def test_shipped_classifier_fits_the_script():
+    """pretrained/yardstick.pt holds the network of build_classifier, in plain tensors."""
+    classifier = yardstick.load_classifier()
+    images, labels = builtin_digits(300, seed=2)
+    right = (look(classifier, images)[1].argmax(1) == labels).double().mean()
+    assert right > 0.5  # trained on handwriting, it can read print

@@ -1,0 +1,214 @@
+"""How good are the samples? A yardstick for MNIST: how close they are to real digits, in numbers.
+
+    python tests/yardstick.py --data DIR                 500 samples of the shipped model
+    python tests/yardstick.py --data DIR --train         first train the classifier anew
+
+A small classifier, trained on the 60,000 training images, looks at four sets of N images: training
+images (the floor: real digits, but not those compared with), samples, the same samples with their
+pixels shuffled, and noise (the ceiling). All sets are compared with the 10,000 test images.
+
+distance    the Fréchet distance between two normal distributions, those with the means and
+            covariances of the classifier's 64 features on the two sets. It sees quality and variety.
+            It depends on N, on the classifier and on the set compared with: compare only numbers
+            that share all three. (The usual FID asks a network trained on photographs.)
+confident   the share of images that the classifier calls some digit with more than 90 %
+classes     how many of each digit it sees, and χ², the sum of (seen - expected)²/expected over the
+            ten classes, expected as in the test images; 9 is the mean for a fair draw, 21.7 its
+            99 % point
+nearest     the median distance to the nearest of the 60,000 training images, as the root of the mean
+            square over pixels in [-1, 1]; far below that of real test digits would be copying
+
+The classifier is shipped as pretrained/yardstick.pt, so that all measure with the same one.
+Sources: [FID] Heusel et al. 2017, arXiv 1706.08500.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sample import VARIANCES, open_checkpoint, sample, to_uint8  # noqa: E402
+from train import from_uint8, load_images, save  # noqa: E402
+from unet import pick_device  # noqa: E402
+
+CLASSIFIER = ROOT / "pretrained" / "yardstick.pt"
+
+
+def build_classifier() -> nn.Sequential:
+    """Five convolutions, 64 features, ten scores. (N, 1, 28, 28) in [-1, 1] -> (N, 10)."""
+    def layer(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *layer(1, 16, 1), *layer(16, 32, 2), *layer(32, 32, 1), *layer(32, 64, 2),
+        *layer(64, 64, 1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 7 * 7, 64), nn.ReLU(),
+        nn.Linear(64, 10))
+
+
+def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int = 8,
+                     batch_size: int = 128) -> nn.Sequential:
+    """Learn digits, uint8 (N, 1, 28, 28) with labels (N,), each batch shifted a little at random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of weights, and of the pauses that Dropout makes
+        model = build_classifier().train()
+        generator = torch.Generator().manual_seed(0)
+        adam = torch.optim.Adam(model.parameters(), lr=2e-3)
+        steps = epochs * (len(images) // batch_size)
+        decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
+        bar = tqdm(total=steps, unit=" steps", disable=None)
+        for _ in range(epochs):
+            order = torch.randperm(len(images), generator=generator)
+            for rows in order.split(batch_size)[:steps // epochs]:
+                shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+                x = from_uint8(images[rows]).roll(shift, dims=(2, 3))
+                loss = F.cross_entropy(model(x), labels[rows], label_smoothing=0.02)
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                decay.step()
+                bar.update()
+        bar.close()
+    return model.eval()
+
+
+def load_classifier(path: Path = CLASSIFIER) -> nn.Sequential:
+    """The classifier that all measure with."""
+    with torch.device("meta"):  # shapes only: random weights would be overwritten at once
+        model = build_classifier()
+    model.load_state_dict(torch.load(path, weights_only=True), assign=True)
+    return model.float().eval()
+
+
+@torch.no_grad()
+def look(classifier: nn.Sequential, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 (N, 1, 28, 28) -> features, float64 (N, 64), and probabilities, float64 (N, 10)."""
+    seen = torch.cat([classifier[:-1](from_uint8(part)) for part in images.split(500)])
+    return seen.double(), classifier[-1](seen).double().softmax(dim=1)
+
+
+def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|μ_a - μ_b|² + trace(C_a + C_b - 2 (C_a C_b)^½) of two sets of features.      [FID Eq. 6]
+
+    a, b  float64 (N, D) and (M, D), N and M at least 2
+
+    The square root is that of the matrix R C_b R with R = C_a^½, which has the same trace and is
+    symmetric, so that its eigenvalues are real and can be had exactly.
+    """
+    def root(matrix: torch.Tensor) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    cov_a, cov_b = (x.T.cov().reshape(x.shape[1], x.shape[1]) for x in (a, b))
+    half = root(cov_a)
+    cross = torch.linalg.eigvalsh(half @ cov_b @ half).clamp(min=0).sqrt().sum()
+    return ((a.mean(dim=0) - b.mean(dim=0)).square().sum()
+            + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def nearest_distance(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Root of the mean square pixel distance of each image to its nearest other one, (N,).
+
+    Both uint8 (.., 1, H, W); distances are in units of the range [-1, 1], chunk by chunk.
+    """
+    pool = [rearrange(from_uint8(part), "n c h w -> n (c h w)") for part in others.split(10_000)]
+    found = []
+    for part in images.split(250):
+        x = rearrange(from_uint8(part), "n c h w -> n (c h w)")
+        # |x - y|² = |x|² - 2 x·y + |y|²: matrix products, a hundred times faster than differences
+        squares = [x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1) for y in pool]
+        found.append(torch.cat(squares, dim=1).amin(dim=1).clamp(min=0) / x.shape[1])
+    return torch.cat(found).sqrt()
+
+
+def measure(classifier: nn.Sequential, images: torch.Tensor, reference: tuple,
+            known: torch.Tensor) -> dict:
+    """All of the numbers above, of images against the reference that look() made of real ones."""
+    features, chances = look(classifier, images)
+    counts = chances.argmax(dim=1).bincount(minlength=10)
+    expected = reference[1].argmax(dim=1).bincount(minlength=10) * len(images) / len(reference[1])
+    return {"count": len(images), "distance": frechet_distance(features, reference[0]),
+            "confident": (chances.amax(dim=1) > 0.9).double().mean().item(),
+            "chi2": ((counts - expected).square() / expected).sum().item(),
+            "classes": counts.tolist(),
+            "nearest": nearest_distance(images, known).median().item()}
+
+
+def draw_samples(checkpoint, count: int, variance: str, steps: int | None, device) -> torch.Tensor:
+    """The images of seeds 0..count-1, uint8 (count, 1, 28, 28)."""
+    model, parts = checkpoint.model.to(device), []
+    size = 100 if device.type == "cpu" else 1000
+    bar = tqdm(total=count, unit=" images", disable=None)
+    for seeds in torch.arange(count).split(size):
+        *_, (_, x0, _) = sample(model, checkpoint.schedule, seeds.tolist(), variance=variance,
+                                steps=steps)
+        parts.append(to_uint8(x0.cpu()))
+        bar.update(len(seeds))
+    bar.close()
+    return torch.cat(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure how good the samples of a model are.")
+    parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
+    parser.add_argument("--checkpoint", help="model file (your own run, else the shipped one)")
+    parser.add_argument("--count", type=int, default=500, help="number N of images a set (500)")
+    parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde")
+    parser.add_argument("--steps", type=int, default=None, help="steps of the sampler (all T)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
+    parser.add_argument("--train", action="store_true", help="train the classifier anew")
+    parser.add_argument("--out", help="add the numbers to this file, a JSON object a line")
+    args = parser.parse_args(argv)
+    device, begun = pick_device(args.device), time.perf_counter()
+    known, labels = load_images(args.data, True)
+    real, real_labels = load_images(args.data, False)
+    if args.train:
+        save(CLASSIFIER, train_classifier(known, labels).half().state_dict())
+    classifier = load_classifier()
+    reference = look(classifier, real)
+    right = (reference[1].argmax(dim=1) == real_labels).double().mean().item()
+    print(f"classifier: {right:.2%} of the test images right, "
+          f"{(reference[1].amax(dim=1) > 0.9).double().mean():.1%} confident; "
+          f"{time.perf_counter() - begun:.0f} s")
+
+    generator = torch.Generator().manual_seed(0)
+    path, checkpoint = open_checkpoint(args.checkpoint)
+    samples = draw_samples(checkpoint, args.count, args.variance, args.steps, device)
+    shuffled = samples.flatten(1)[:, torch.randperm(28 * 28, generator=generator)]
+    rows = {
+        "training images": known[torch.randperm(len(known), generator=generator)[:args.count]],
+        "test images": real[torch.randperm(len(real), generator=generator)[:args.count]],
+        "samples": samples, "samples, pixels shuffled": shuffled.view_as(samples),
+        "noise": torch.randint(256, samples.shape, generator=generator, dtype=torch.uint8)}
+    print(f"{'set of ' + str(args.count):26}{'distance':>9}{'confident':>11}{'chi2':>9}{'nearest':>9}"
+          "   classes 0 to 9")
+    for name, images in rows.items():
+        # A training image is nearest to itself, which says nothing.
+        row = measure(classifier, images, reference, known)
+        row["nearest"] = None if name == "training images" else row["nearest"]
+        print(f"{name:26}{row['distance']:9.2f}{row['confident']:11.1%}{row['chi2']:9.1f}"
+              f"{row['nearest'] or 0:9.3f}   {' '.join(map(str, row['classes']))}")
+        if args.out and name == "samples":
+            row |= {"model": path.name, "variance": args.variance,
+                    "steps": args.steps or checkpoint.schedule.T}
+            with open(args.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    # How much chance there is in a distance: sets of real images, no two with an image in common.
+    sets = known[torch.randperm(len(known), generator=generator)].split(args.count)[:10]
+    floor = torch.tensor([frechet_distance(look(classifier, part)[0], reference[0]) for part in sets])
+    print(f"{len(sets)} sets of {args.count} training images: distance {floor.mean():.2f}, standard "
+          f"deviation {floor.std():.2f}; {time.perf_counter() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
