@@ -24,7 +24,7 @@ def test_distance_of_a_set_to_itself_is_zero_and_symmetric(seed, width, count):
 
 @given(SEED, st.floats(0.1, 10), st.floats(-5, 5))
 def test_distance_in_one_dimension_is_known(seed, stretch, shift):
-    """In one dimension it is (μ_a - μ_b)² + (σ_a - σ_b)².                             [FID Eq. 6]"""
+    """In one dimension it is (μ_a - μ_b)² + (σ_a - σ_b)². (Heusel et al., equation 6)"""
     a = normal(seed, 30, 1)
     b = a * stretch + shift
     expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2

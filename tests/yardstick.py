@@ -19,7 +19,7 @@ nearest     the median distance to the nearest of the 60,000 training images, as
             square over pixels in [-1, 1]; far below that of real test digits would be copying
 
 The classifier is shipped as pretrained/yardstick.pt, so that all measure with the same one.
-Sources: [FID] Heusel et al. 2017, arXiv 1706.08500.
+Source: Heusel et al. 2017, arXiv 1706.08500.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def look(classifier: nn.Sequential, images: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|μ_a - μ_b|² + trace(C_a + C_b - 2 (C_a C_b)^½) of two sets of features.      [FID Eq. 6]
+    """|μ_a - μ_b|² + trace(C_a + C_b - 2 (C_a C_b)^½) of two sets of features (equation 6).
 
     a, b  float64 (N, D) and (M, D), N and M at least 2
 
