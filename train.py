@@ -176,7 +176,7 @@ def update_average(average: UNet, model: UNet, step: int, decay: float) -> None:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tensor,
-             batch_size: int = 500) -> float:
+             batch_size: int = 128) -> float:
     """Mean squared error of the predicted noise, the same measurement every time. [DDPM Eq. 14]
 
     Image i of images, uint8 (N, 1, 28, 28), is seen at t = 1 + i mod T with fixed noise. So all t
