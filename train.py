@@ -378,13 +378,13 @@ def main(argv: list[str] | None = None) -> None:
                 saved = load_checkpoint(Path(config.out, "last.pt")).state["config"]
                 config = Config(**{**saved, "out": config.out, **given})
             elif "dataset" not in given:
+                print(f"looking for MNIST in {config.data}", flush=True)
                 try:
                     load_images(config.data, False, download=not dist.is_initialized())
                 except FileNotFoundError:
-                    notice = (f"no MNIST in {config.data}, nor a download: these are the built-in "
-                              "digits (--dataset mnist says what is missing)\n")
+                    print(notice := f"no MNIST in {config.data}, nor a download: these are "
+                          "built-in digits (--dataset mnist says what is missing)\n", end="", flush=True)
                     config = Config(**given, dataset="builtin")
-            print(notice, end="", flush=True)
             history = train(config, resume, stop=noted)
             print(notice + (f"stopped at step {len(history['step_loss'])}; to go on, add --resume "
                             f"--out {config.out}" if noted else "done; now type: python sample.py "

@@ -281,7 +281,7 @@ def test_second_signal_acts_at_once(monkeypatch, tmp_path, place):
 # ------------------------------------------------------------------------------ the built-in digits
 
 def test_without_mnist_the_builtin_digits_are_learned(monkeypatch, tmp_path, capsys):
-    """Said in the first and the last line, into a folder of their own, without the blog's column."""
+    """Said before training and after, into a folder of their own, without the blog's column."""
     from digits import builtin_digits
 
     def load(data, train_split=True, dataset="mnist", download=True):
@@ -294,7 +294,8 @@ def test_without_mnist_the_builtin_digits_are_learned(monkeypatch, tmp_path, cap
     monkeypatch.setattr(train, "HERE", tmp_path)
     train.main(["--batch-size", "8", "--epochs", "1", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    assert "built-in digits" in lines[0] and lines[-2] == lines[0] and len(lines) == 5
+    assert lines[0].startswith("looking for MNIST") and len(lines) == 6
+    assert "these are built-in digits" in lines[1] and lines[-2] == lines[1]
     assert "blog" not in "".join(lines)
     checkpoint = train.load_checkpoint(tmp_path / "runs" / "builtin" / "model.pt")
     assert checkpoint.config.dataset == "builtin"
