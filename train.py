@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
                     load_images(config.data, False, download=not dist.is_initialized())
                 except FileNotFoundError:
                     print(notice := f"no MNIST in {config.data}, nor a download: these are "
-                          "built-in digits (--dataset mnist says what is missing)\n", end="", flush=True)
+                          "built-in digits (--dataset mnist tells why)\n", end="", flush=True)
                     config = Config(**given, dataset="builtin")
             history = train(config, resume, stop=noted)
             print(notice + (f"stopped at step {len(history['step_loss'])}; to go on, add --resume "
