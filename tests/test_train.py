@@ -505,8 +505,8 @@ def test_command_trains_reports_and_says_what_comes_next(tmp_path, capsys):
     script.main(["--data", str(tmp_path), "--out", str(out), "--epochs", "1", "--batch-size", "8",
                  "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"MNIST, on cpu, into {out}"
-    assert lines[1].startswith("epoch  1/1   loss ") and f"{BLOG_LOSS[0]:.4f}" in lines[1]
+    assert lines[:2] == [f"looking for MNIST in {tmp_path}", f"MNIST, on cpu, into {out}"]
+    assert lines[2].startswith("epoch  1/1   loss ") and f"{BLOG_LOSS[0]:.4f}" in lines[2]
     assert lines[-1].endswith(f"python sample.py --checkpoint {out / 'model.pt'}")
     # Resuming a finished run with the options it was begun with is no error and changes nothing.
     shutil.copy(out / "model.pt", tmp_path / "copy.pt")
