@@ -1,12 +1,14 @@
 """What does each part of the recipe gain? Train without it, and compare.
 
-    python tests/ablations.py --data DIR             about two hours on two CPU cores
-    python tests/ablations.py --data DIR --table     only print the table of what has been measured
+    python tests/ablations.py --data DIR              about two hours on two CPU cores
+    python tests/ablations.py --data DIR --rows 0 3   only the first and the fourth row
+    python tests/ablations.py --table                 only print what has been measured
 
 Each row is one change from `python train.py`, trained for 3 epochs on all 60,000 images, with seed 0,
 the learning rate falling to 0 within these 3 epochs (but where it is constant). The numbers go to
 pretrained/ablations.json, and runs to runs/ablations/. A run that was stopped goes on where it was;
-a row that is in the file already is not measured again. Rows whose network is smaller say so.
+a row that is in the file already is not measured again. With --rows, two processes can share the
+work; with OMP_NUM_THREADS=1, each of them keeps to one core, and together they are faster than one.
 """
 
 import argparse
@@ -91,7 +93,8 @@ def run(name: str, data: str, epochs: int, out: Path, images: tuple | None = Non
                                **{k: v for k, v in change.items() if k not in before}, **options)
         with torch.random.fork_rng(devices=[]):
             model = script.UNet()
-        row = {"name": name, "epochs": epochs, "macs": multiply_adds(model),
+        row = {"name": name, "epochs": epochs, "threads": torch.get_num_threads(),
+               "macs": multiply_adds(model),
                "parameters": sum(p.numel() for p in model.parameters())}
         history = script.train(config, resume=(out / "last.pt").exists(), images=images)
         return row | {"held_out": history["held_out"], "seconds": history["seconds"]}
@@ -100,6 +103,12 @@ def run(name: str, data: str, epochs: int, out: Path, images: tuple | None = Non
     finally:
         for key, value in before.items():
             setattr(script, key, value)
+
+
+def measured() -> list[dict]:
+    """The rows in the file, in the order of CHANGES."""
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return sorted(rows, key=lambda row: list(CHANGES).index(row["name"]))
 
 
 def table(rows: list[dict]) -> str:
@@ -118,15 +127,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train without one part of the recipe at a time.")
     parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs="+", default=range(len(CHANGES)),
+                        choices=range(len(CHANGES)), metavar="N", help="rows to measure (all)")
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
     args = parser.parse_args()
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for name in CHANGES:
-        if not args.table and name not in [row["name"] for row in rows]:
+    for name in [] if args.table else [list(CHANGES)[n] for n in args.rows]:
+        if name not in [row["name"] for row in measured()]:
             out = ROOT / "runs" / "ablations" / re.sub(r"\W+", "-", name)
-            rows.append(run(name, args.data, args.epochs, out))
-            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+            row = run(name, args.data, args.epochs, out)
+            RESULTS.write_text(json.dumps([*measured(), row], indent=1) + "\n")
+    print(table(measured()))
 
 
 if __name__ == "__main__":
