@@ -21,7 +21,7 @@ is learned late changes only its third and fourth decimal.
 
 Each epoch prints the training loss (the mean over its steps), the held-out loss (averaged weights,
 digits not trained on, the same noise every time) and the blog's. It writes model.pt, the averaged
-weights, and last.pt, all that --resume needs; so does Ctrl-C.
+weights, epoch-N.pt, the same to keep, and last.pt, all that --resume needs. So does Ctrl-C.
 
 Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma et al. 2021, arXiv 2107.00630.
 """
@@ -71,7 +71,7 @@ class Config:
     dataset: str = option("mnist", f"what to learn: {', '.join(DATASETS)}", *DATASETS)
     epochs: int = option(15, "passes over the training images", 1, 10**6)
     batch_size: int = option(128, "images per step", 1, 10**6)
-    lr: float = option(2e-3, "peak learning rate of Adam", 1e-9, 1)
+    lr: float = option(3e-3, "peak learning rate of Adam", 1e-9, 1)
     warmup: float = option(0.04, "share of the steps in which the rate rises to its peak", 0, 1)
     ema: float = option(0.999, "decay of the weight average, per step", 0, 0.999999)
     clip: float = option(1.0, "greatest length of the gradient", 1e-9, math.inf)
@@ -154,12 +154,9 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
-    """The learning rate of step 0..steps-1: a straight rise, as Adam's running means say little at
-    first, then half a cosine down to 0, which lets the weights settle.
-    """
+    """A straight rise, as Adam's running means say little at first; a straight fall, to settle."""
     rise = max(1, round(config.warmup * steps))
-    fall = 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
-    return config.lr * min(1.0, (step + 1) / rise) * fall
+    return config.lr * min(1, (step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
 @torch.no_grad()
@@ -219,9 +216,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
         with torch.device("meta"):  # shapes only: random weights would be overwritten at once
             model = UNet(**state["network"])
-        model.load_state_dict(state["average"], assign=True)
+        model.load_state_dict(state["average"], assign=True)  # float16 in the files of an epoch
         config = Config(**state["config"])
-        return Checkpoint(model.eval(), NoiseSchedule(config.T, config.schedule), config,
+        return Checkpoint(model.eval().float(), NoiseSchedule(config.T, config.schedule), config,
                           state["history"], state)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise OSError(f"no model file {path} ({error.strerror}); python train.py makes one")
@@ -332,6 +329,9 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
             result = dict(format=1, config=what, network=model.config, history=history,
                           average={k: v.cpu() for k, v in average.state_dict().items()})
             save(out / "model.pt", result)
+            if complete:  # in half the space, to see later how it learned
+                half = {k: v.half() for k, v in result["average"].items()}
+                save(out / f"epoch-{epoch + 1}.pt", dict(result, average=half))
             save(last, dict(result, weights=model.state_dict(), adam=adam.state_dict(), order=order,
                             generator=generator.get_state(), seconds=time.perf_counter() - begun))
         if halt:

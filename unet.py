@@ -14,25 +14,22 @@ The plan, with the size of the image at each stage:
                    7x7          └─ 2 blocks ─ keep ─ attention ─ merge ─ 2 blocks ─ attention
 
 The stem and the head are the first and the last convolution, "merge" stacks two images and mixes
-them. What the head says is scaled, and a multiple of x_t added; t chooses both numbers. An "image"
-inside the network has many channels: one array of numbers for each filter of the layer before.
+them. An "image" inside the network has many channels, one for each filter of the layer before.
 
 Each part answers a need:
 
-  * Whether a dark spot is noise or the edge of a stroke depends on what is around it. Halving the
-    image lets a 3x3 convolution at 7x7 see a large part of the digit at little cost. That is the
-    way down. The way up brings the answer back to full resolution.
+  * Whether a dark spot is noise or the edge of a stroke depends on what is around it. At 7x7 a 3x3
+    convolution sees a large part of the digit at little cost. Hence the way down, and the way up.
   * Noise is a matter of single pixels, and halving destroys these. So the image of each size is
     kept on the way down and given to the way up, stacked as further channels ("skip connection").
   * How much noise to expect depends on t, at every depth. So every block is told t.
   * Strokes in opposite corners belong to the same digit. Attention at 7x7 lets every place look
-    at every other place. At that size the shape is seen as a whole and weights cost little time,
-    so it has two blocks a side where the others have one.
+    at every other place.
 
 The default network has 324,705 parameters, as many as the plain network of the blog that this book
 follows. Where they stand matters: a weight of a convolution is used 784 times at 28x28 but 49
-times at 7x7. So most weights are at 7x7, where they cost little time. The few at 28x28, 14 % of
-all, still take 61 % of the arithmetic.
+times at 7x7. So 7x7 has two blocks a side where the others have one, and most of the weights. The
+few at 28x28, 13 % of all, still take 61 % of the arithmetic.
 
 Sources: [UNet] Ronneberger, Fischer and Brox 2015, arXiv 1505.04597, for the shape. [Attention]
 Vaswani et al. 2017, arXiv 1706.03762. [FiLM] Perez et al. 2018, arXiv 1709.07871. [DDPM] Ho et al.
@@ -73,9 +70,9 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 def zero(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     """Set a layer's weights to zero.
 
-    Used for the last layer of each block, which then adds nothing at first: the network starts as a
-    simple one. A zero weight still learns, since its gradient depends on its input, not on itself.
-    With head and gain at zero too, the untrained network answers 0, and the loss is mean(ε²) = 1.
+    A block whose last layer is zero adds nothing, so the network starts as a simple one. A zero
+    weight still learns, since its gradient depends on its input, not on itself. With head and gain
+    at zero too, the untrained network answers 0, and the loss is mean(ε²) = 1.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -115,21 +112,6 @@ class ResidualBlock(nn.Module):
         scale, shift = rearrange(self.film(time), "b (two c) -> two b c 1 1", two=2)
         h = self.norm2(h) * (1 + scale) + shift
         return x + self.conv2(F.silu(h))
-
-
-class Stage(nn.Module):
-    """Residual blocks of one resolution, one after the other, all told t."""
-
-    def __init__(self, blocks: int, channels: int, time_width: int, groups: int):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            ResidualBlock(channels, time_width, groups) for _ in range(blocks))
-
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """x (B, C, H, W), time (B, time_width) -> (B, C, H, W)"""
-        for block in self.blocks:
-            x = block(x, time)
-        return x
 
 
 class Attention(nn.Module):
@@ -175,6 +157,27 @@ class Attention(nn.Module):
         return x + self.out(seen)
 
 
+class Halve(nn.Module):
+    """Halve the image, and let each place know where it is.        [Attention section 3.5]
+
+    A convolution does the same at every place: it cannot tell the middle, where strokes are to be
+    expected, from the rim, which stays empty. So the halved image gets an image added that is
+    learned with the weights. `size` is its side; for images of another size it is stretched.
+    """
+
+    def __init__(self, before: int, after: int, size: int):
+        super().__init__()
+        # A convolution of stride 2 can choose what to keep; pooling cannot. A bias would be a
+        # learned image that is the same everywhere, so it needs none.
+        self.conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+        self.place = nn.Parameter(torch.zeros(after, size, size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, before, H, W) -> (B, after, H/2, W/2)"""
+        x = self.conv(x)
+        return x + F.interpolate(self.place[None], x.shape[2:], mode="nearest")
+
+
 class UNet(nn.Module):
     """The noise predictor ε_θ(x_t, t).
 
@@ -185,14 +188,15 @@ class UNet(nn.Module):
     time_width   width of the time features that every block receives
     heads        attention heads at the smallest resolution
     groups       groups of every GroupNorm
+    size         side of the images; others can be given, see Halve
 
     The defaults make 324,705 parameters. Any other choice works too; a model file remembers it.
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, channels: tuple[int, ...] = (32, 32, 48),
-                 blocks: tuple[int, ...] = (1, 1, 2), embedding: int = 36, time_hidden: int = 62,
-                 time_width: int = 40, heads: int = 4, groups: int = 8):
+                 blocks: tuple[int, ...] = (1, 1, 2), embedding: int = 80, time_hidden: int = 90,
+                 time_width: int = 20, heads: int = 4, groups: int = 8, size: int = 28):
         super().__init__()
         if any(c % groups for c in channels) or channels[-1] % heads:
             raise ValueError(f"channels {tuple(channels)} must be multiples of groups = {groups}, "
@@ -203,7 +207,7 @@ class UNet(nn.Module):
         # What a model file needs to build this network again.
         self.config = dict(channels=list(channels), blocks=list(blocks), embedding=embedding,
                            time_hidden=time_hidden, time_width=time_width, heads=heads,
-                           groups=groups)
+                           groups=groups, size=size)
         levels = range(len(channels))
 
         # A two-layer perceptron turns the sinusoids into what the blocks need to know about t.
@@ -212,11 +216,12 @@ class UNet(nn.Module):
             nn.Linear(time_hidden, time_width), nn.SiLU())
 
         self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
-        self.encoder = nn.ModuleList(
-            Stage(blocks[i], channels[i], time_width, groups) for i in levels)
-        # A convolution of stride 2 halves the image and can choose what to keep; pooling cannot.
+        # The same blocks on the way down as on the way up.
+        self.encoder, self.decoder = (nn.ModuleList(
+            nn.ModuleList(ResidualBlock(channels[i], time_width, groups) for _ in range(blocks[i]))
+            for i in levels) for _ in range(2))
         self.down = nn.ModuleList(
-            nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1) for i in levels[:-1])
+            Halve(channels[i], channels[i + 1], size // 2 ** (i + 1)) for i in levels[:-1])
         # At the smallest size: attention before the way up begins, and after its first stage.
         self.attention = nn.ModuleList(Attention(channels[-1], heads, groups) for _ in range(2))
         # What comes from below and what was kept are stacked and mixed by a 1x1 convolution. At the
@@ -224,8 +229,6 @@ class UNet(nn.Module):
         self.merge = nn.ModuleList(
             nn.Conv2d(channels[min(i + 1, levels[-1])] + channels[i], channels[i], 1)
             for i in levels)
-        self.decoder = nn.ModuleList(
-            Stage(blocks[i], channels[i], time_width, groups) for i in levels)
         self.head = nn.Sequential(
             nn.GroupNorm(groups, channels[0]), nn.SiLU(),
             zero(nn.Conv2d(channels[0], 1, 3, padding=1)))
@@ -252,10 +255,11 @@ class UNet(nn.Module):
         # The way down. Shapes are those of the default network.
         x = self.stem(xt)  # (B, 32, 28, 28)
         kept = []
-        for i, stage in enumerate(self.encoder):
+        for i, blocks in enumerate(self.encoder):
             if i > 0:
                 x = self.down[i - 1](x)  # (B, 32, 14, 14), then (B, 48, 7, 7)
-            x = stage(x, time)
+            for block in blocks:
+                x = block(x, time)
             kept.append(x)
 
         # The way up, from the smallest size.
@@ -264,7 +268,8 @@ class UNet(nn.Module):
             if i + 1 < len(kept):
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # 7 -> 14, then 14 -> 28
             x = self.merge[i](torch.cat([x, kept[i]], dim=1))
-            x = self.decoder[i](x, time)  # (B, 48, 7, 7), (B, 32, 14, 14), (B, 32, 28, 28)
+            for block in self.decoder[i]:
+                x = block(x, time)  # (B, 48, 7, 7), (B, 32, 14, 14), (B, 32, 28, 28)
             if i + 1 == len(kept):
                 x = self.attention[1](x)
 
@@ -291,30 +296,25 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def describe(model: UNet, size: int = 28) -> list[tuple[str, tuple[int, ...], int, int]]:
-    """Run one image through the network and note what each stage does.
-
-    Returns (stage, output shape, parameters, multiply-adds) in the order of execution. The
-    multiply-adds are those of all convolutions, linear layers and matrix products.
-    """
-    rows, hooks = [], []
-
-    def note(name):
-        return lambda stage, inputs, output: rows.append(
-            (name, tuple(output.shape[1:]), sum(p.numel() for p in stage.parameters())))
-
-    for name, stage in model.named_modules():
-        # A stage is a child of the model, or of one of its lists.
-        child, _, index = name.partition(".")
-        if name and index.isdigit() == isinstance(getattr(model, child), nn.ModuleList):
-            hooks.append(stage.register_forward_hook(note(name)))
+def describe(model: UNet) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """What each stage does to one image: (name, output shape, parameters, multiply-adds), in the
+    order of execution. Convolutions, linear layers and matrix products are what is counted."""
+    # A stage is a child of the model, or of one of its lists.
+    names = {stage: name for name, stage in model.named_modules()
+             if not isinstance(stage, UNet | nn.ModuleList)
+             and isinstance(model.get_submodule(name.rpartition(".")[0]), UNet | nn.ModuleList)}
+    shapes = {}  # in the order of execution
+    hooks = [stage.register_forward_hook(
+        lambda stage, _, output: shapes.update({stage: tuple(output.shape[1:])}))
+        for stage in names]
+    size = model.config["size"]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, size, size), torch.ones(1, dtype=torch.long))
     for hook in hooks:
         hook.remove()
     flops = counter.get_flop_counts()  # a multiplication and an addition are two of them
-    return [(name.replace(".", " "), shape, parameters, sum(flops[f"UNet.{name}"].values()) // 2)
-            for name, shape, parameters in rows]
+    return [(names[stage].replace(".", " "), shape, sum(p.numel() for p in stage.parameters()),
+             sum(flops[f"UNet.{names[stage]}"].values()) // 2) for stage, shape in shapes.items()]
 
 
 def main() -> None:

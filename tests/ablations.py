@@ -46,9 +46,17 @@ def without(kind: type) -> Callable:
 def time_at_the_bottleneck(**sizes) -> UNet:
     """A UNet that is told t in the blocks of the smallest size alone; the rest sees zeros for it."""
     model = UNet(**sizes)
-    for stage in [*model.encoder[:-1], *model.decoder[:-1]]:
-        stage.register_forward_pre_hook(lambda _, given: (given[0], torch.zeros_like(given[1])))
+    for blocks in [*model.encoder[:-1], *model.decoder[:-1]]:
+        for block in blocks:
+            block.register_forward_pre_hook(lambda _, given: (given[0], torch.zeros_like(given[1])))
     model.gain.register_forward_pre_hook(lambda _, given: (torch.zeros_like(given[0]),))
+    return model
+
+
+def every_place_alike(**sizes) -> UNet:
+    """A UNet whose halving adds no learned image."""
+    model = UNet(**sizes)
+    model.down = nn.ModuleList(halve.conv for halve in model.down)
     return model
 
 
@@ -72,6 +80,7 @@ CHANGES: dict[str, dict] = {
     "t told only at the bottleneck": {"UNet": time_at_the_bottleneck},
     "no GroupNorm": {"UNet": without(nn.GroupNorm)},
     "no attention": {"UNet": without(Attention)},
+    "no learned images": {"UNet": every_place_alike},
     "learning rate 2e-4 throughout": {"learning_rate": constant},
     "independent t": {"draw_t": independent},
     "no average of the weights": {"ema": 0.0},

@@ -39,11 +39,23 @@ def test_t_reaches_the_output_through_the_bottleneck_alone():
     model, x = built("t told only at the bottleneck"), normal(0, 2, 1, 8, 8, dtype=torch.float32)
     outputs = [model(x, torch.tensor([t, t])) for t in (1, 900)]
     assert not torch.allclose(*outputs, atol=1e-3)
-    for stage in (model.encoder[-1], model.decoder[-1]):
-        for block in stage.blocks:
+    for blocks in (model.encoder[-1], model.decoder[-1]):
+        for block in blocks:
             nn.init.zeros_(block.film.weight)
     outputs = [model(x, torch.tensor([t, t])) for t in (1, 900)]
     assert torch.equal(*outputs)
+
+
+def test_learned_images_are_gone():
+    """That row's network is ours with learned images of zero, which it has no weights for."""
+    cut, x = built("no learned images"), normal(0, 2, 1, 28, 28, dtype=torch.float32)
+    whole = built("the recipe")
+    nn.init.zeros_(whole.down[0].place), nn.init.zeros_(whole.down[1].place)
+    missing = whole.load_state_dict({name.replace(".weight", ".conv.weight") if "down" in name
+                                     else name: p for name, p in cut.state_dict().items()}, False)
+    assert missing.missing_keys == ["down.0.place", "down.1.place"] and not missing.unexpected_keys
+    with torch.no_grad():
+        assert torch.equal(cut(x, torch.tensor([1, 900])), whole(x, torch.tensor([1, 900])))
 
 
 def test_independent_t_is_uniform():
@@ -65,7 +77,7 @@ def test_each_row_trains_and_leaves_the_scripts_as_they_were(name, tmp_path):
     assert before == dict(vars(script))
     assert row["name"] == name and len(row["held_out"]) == len(row["seconds"]) == 1
     if name not in ("no GroupNorm", "no attention"):
-        assert row["parameters"] == 324_705
+        assert row["parameters"] == 324_705 - (name == "no learned images") * (32 * 14**2 + 48 * 7**2)
     again = run(name, "", 1, tmp_path, images=(pictures(16, 8), pictures(8, 8)), batch_size=8,
                 device="cpu")  # finished already: read, not trained
     assert again == row

@@ -164,6 +164,12 @@ def drawing(model: UNet, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             seen.append(v[i] @ (fit / fit.sum(2, keepdim=True)).transpose(1, 2))
         return x + conv(name + ".out", torch.cat(seen, dim=1).reshape(x.shape))
 
+    def halve(name, x):
+        y, place = conv(name + ".conv", x, stride=2), w[name + ".place"]
+        # Pixel i of n stands at i/n of the way, which is in pixel i/n * 14 of 14, rounded down.
+        row, column = (torch.arange(n) * place.shape[-1] // n for n in y.shape[2:])
+        return y + place[:, row][:, :, column]
+
     def twice(x):
         return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
@@ -171,15 +177,15 @@ def drawing(model: UNet, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     angle = t[:, None] * torch.tensor([10_000 ** (-i / (half - 1)) for i in range(half)])
     time = torch.cat([angle.sin(), angle.cos()], dim=1).double()
     time = silu(linear("time_mlp.2", silu(linear("time_mlp.0", time))))
-    kept28 = block("encoder.0.blocks.0", conv("stem", xt))
-    kept14 = block("encoder.1.blocks.0", conv("down.0", kept28, stride=2))
-    kept7 = block("encoder.2.blocks.0", conv("down.1", kept14, stride=2))
-    kept7 = block("encoder.2.blocks.1", kept7)
+    kept28 = block("encoder.0.0", conv("stem", xt))
+    kept14 = block("encoder.1.0", halve("down.0", kept28))
+    kept7 = block("encoder.2.0", halve("down.1", kept14))
+    kept7 = block("encoder.2.1", kept7)
     x = conv("merge.2", torch.cat([attention("attention.0", kept7), kept7], dim=1))
-    x = block("decoder.2.blocks.1", block("decoder.2.blocks.0", x))
+    x = block("decoder.2.1", block("decoder.2.0", x))
     x = conv("merge.1", torch.cat([twice(attention("attention.1", x)), kept14], dim=1))
-    x = conv("merge.0", torch.cat([twice(block("decoder.1.blocks.0", x)), kept28], dim=1))
-    x = conv("head.2", silu(norm("head.0", block("decoder.0.blocks.0", x))))
+    x = conv("merge.0", torch.cat([twice(block("decoder.1.0", x)), kept28], dim=1))
+    x = conv("head.2", silu(norm("head.0", block("decoder.0.0", x))))
     echo, scale = linear("gain", time).T[..., None, None, None]
     return echo * xt + (1 + scale) * x
 
@@ -198,6 +204,21 @@ def test_network_is_its_drawing(seed):
     with torch.no_grad():
         expected = drawing(model, xt, t)
         assert (model(xt, t) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@FEW
+@given(SEED, st.sampled_from([8, 14, 28]))
+def test_only_halving_tells_where_a_place_is(seed, size):
+    """Of an image that is the same everywhere, the convolution of stride 2 makes one that is the
+    same everywhere but at the rim, where it meets zeros; the learned image makes the difference."""
+    halve = seeded(lambda: script.Halve(4, 6, 7), seed, redraw=True)
+    flat = normal(seed, 2, 4, 1, 1).expand(2, 4, size, size)
+    with torch.no_grad():
+        inside = halve(flat)[:, :, 1:-1, 1:-1]
+        assert (inside - inside[:, :, :1, :1]).abs().max() > 1e-3
+        halve.place.zero_()
+        inside = halve(flat)[:, :, 1:-1, 1:-1]
+        assert (inside - inside[:, :, :1, :1]).abs().max() < 1e-12
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -307,8 +328,8 @@ def test_table_counts_every_product():
     model = seeded(UNet).float()
     rows = describe(model)
     assert sum(row[2] for row in rows) == 324_705
-    assert [row[0] for row in rows][:3] == ["time_mlp", "stem", "encoder 0"]
-    assert dict((row[0], row[1]) for row in rows)["encoder 2"] == (48, 7, 7)
+    assert [row[0] for row in rows][:3] == ["time_mlp", "stem", "encoder 0 0"]
+    assert dict((row[0], row[1]) for row in rows)["encoder 2 1"] == (48, 7, 7)
     total = 0
 
     def count(layer, inputs, output):
