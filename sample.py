@@ -2,7 +2,7 @@
 
     python sample.py                                 32 digits from seeds 0..31, as a 4x8 picture
     python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
-    python sample.py --variance zero                 the same x_T without fresh noise
+    python sample.py --sampler dpm++                 in 20 steps instead of 1,000
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
 
 Start from pure noise x_T and take T steps. Without the clipping of which more below, each is a step
@@ -17,10 +17,9 @@ of Algorithm 2 of [DDPM]:
 
 Why 1,000 steps, if line 2 of each already guesses the clean image? Because at large t the guess is
 poor. The best answer in squared error is a mean, here of the noise given x_t. As x̂₀ is linear in
-ε̂, it is a mean too: of all digits that the noisy image could have come from, weighted by their
-probability. That is a grey blur. A step moves only a little towards it; then the network looks
-again, at a slightly clearer image. Longer steps are less like the Gaussians of line 4, which need a
-small β.
+ε̂, it is a mean too: of all digits that x_t could have come from, weighted by their probability.
+That is a grey blur. A step moves only a little towards it; then the network looks again, at a
+slightly clearer image. Longer steps are less like the Gaussians of line 4, which need a small β.
 
 Why add noise in line 4? Because x_{t-1} must be as noisy as the images that the network saw at t-1
 in training: given x₀, its noise must have variance 1-ᾱ_{t-1}. The mean μ̃_t alone has less. It
@@ -33,23 +32,32 @@ them by √ᾱ_T λ²/v_T, which is 0.006 λ² here. tests/test_sample.py checks
 Which σ_t²? The best is β̃_t plus the mean squared error that not knowing x₀ leaves in μ̃_t. If x₀
 is a single known point, that error is 0 and β̃_t is exact. If the data are standard normal noise,
 β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have a variance of at most 1, so the best choice
-lies between. It matters only at small t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100.
-
-Why no noise in the last step? x₀ is the result. Noise on it would only be noise on the picture.
+lies between. It matters only at small t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100. The
+last step adds no noise: x₀ is the result, and noise on it would only be noise on the picture.
 
 Why clip x̂₀ to [-1, 1]? Pixels cannot lie outside. At t = T a mistake of 0.01 in ε̂ moves x̂₀ by
 1.6. One step goes only a little way towards x̂₀, but mistakes of the same sign in many steps add
 up. Clipping takes away what is certainly wrong; where no pixel is out of range it changes nothing.
 
-ONE SEED, ONE DIGIT. Image k takes all its noise from its own generator, seeded by its own seed, on
-the CPU. So seed 7 gives the same image, up to rounding, alone or among others, on any device. Which
-digit that is cannot be chosen; it need not be a 7.
+FEWER STEPS. DDIM goes from t to any s < t by noising x̂₀ anew, with the noise it has just found:
+
+        x_s = √ᾱ_s x̂₀ + √(1-ᾱ_s) ε̂                                                [DDIM Eq. 12]
+
+Then x₀ is a function of x_T, and the chain a curve. Divided by √(1-ᾱ), with e^u = √ᾱ/√(1-ᾱ) for the
+signal that comes with a unit of noise, x_t is e^u_t x̂₀ + ε̂, so the step adds (e^u_s - e^u_t) x̂₀.
+That is exact if x̂₀ stays the same on the way. DPM-Solver++ takes steps of equal length in u, and
+lets x̂₀ go on changing as it did in the step before. 20 of them will do, where DDIM needs 50.
+
+ONE SEED, ONE DIGIT. Each image takes all its noise from a generator of its own, on the CPU. So seed
+7 gives the same image, up to rounding, alone or among others, on any device. It need not be a 7.
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv
-2102.09672.
+2102.09672. [DDIM] Song, Meng and Ermon 2021, arXiv 2010.02502. [DPM-Solver++] Lu et al. 2022, arXiv
+2211.01095.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -58,7 +66,7 @@ from pathlib import Path
 
 import torch
 from einops import repeat
-from PIL.Image import Image
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -67,16 +75,13 @@ from train import DATASETS, HERE, Checkpoint, load_checkpoint
 from unet import pick_device
 
 VARIANCES = ("beta_tilde", "beta", "zero")
+SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm++": 20}  # with their steps, if T is not less
 SHIPPED = HERE / "pretrained" / "model.pt"
 
 
 def predict_clean(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
                   clip: bool = True) -> torch.Tensor:
-    """x̂₀, the clean image that a guess at the noise implies, clipped to [-1, 1] if asked.
-
-    xt, eps_hat  (B, C, H, W)
-    t            int or (B,) integers in 1..T
-    """
+    """x̂₀ that a guess at the noise in xt implies, (B, C, H, W), clipped to [-1, 1] if asked."""
     x0_hat = schedule.predict_x0(xt, t, eps_hat)
     return x0_hat.clamp(-1, 1) if clip else x0_hat
 
@@ -110,48 +115,84 @@ def p_step(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
     return mean + sigma2.sqrt() * noise
 
 
-def timesteps(T: int, steps: int | None = None) -> list[int]:
-    """The noise levels that a chain visits: T, ..., 0, evenly spaced, steps + 1 of them.
+def ddim_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.Tensor,
+              noise: torch.Tensor, t_prev: int, eta: float = 0.0) -> torch.Tensor:
+    """Noise the predicted image again, to a lower level.                [DDIM Eq. 12]
 
-    Raises ValueError unless steps is None (all T of them) or in 1..T.
+    xt, noise  as in p_step; 0 <= t_prev < t; x0_hat is the prediction made from xt
+    eta        0 reuses the noise of xt; 1 mixes in as much fresh noise as p_step does with
+               beta_tilde, and is the same step                             [DDIM Eq. 16]
     """
-    steps = T if steps is None else steps
+    # Not the network's ε̂: if x̂₀ was clipped, the noise is what now makes the difference to x_t.
+    eps_hat = schedule.predict_eps(xt, t, x0_hat)
+    # Of the variance 1-ᾱ of the noise at t_prev, η² β̃_t is to be fresh. That is this share.
+    fresh = eta**2 * (schedule.step_beta(t, t_prev) / (1 - schedule.alpha_bar[t])).item()
+    eps_hat = math.sqrt(1 - fresh) * eps_hat + math.sqrt(fresh) * noise
+    return schedule.q_sample(x0_hat, t_prev, eps_hat)
+
+
+def dpm_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.Tensor, t_prev: int,
+             before: tuple[int, torch.Tensor] | None) -> torch.Tensor:
+    """A DDIM step that expects x̂₀ to go on changing (2M).          [DPM-Solver++ Algorithm 2]
+
+    before  t and x0_hat of the step before; None in the first step, which is one of DDIM
+    """
+    if before is not None and t_prev > 0:  # the last step takes the network at its word
+        u, u_next, u_before = (0.5 * schedule.snr(s).log().item() for s in (t, t_prev, before[0]))
+        # A straight line through both predictions, read off in the middle of the step to come.
+        x0_hat = x0_hat + (u_next - u) / (2 * (u - u_before)) * (x0_hat - before[1])
+    return ddim_step(schedule, xt, t, x0_hat, xt, t_prev)
+
+
+def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None = None,
+              T: int | None = None) -> list[int]:
+    """The noise levels that a chain visits, from T (that of the schedule, if None) down to 0.
+
+    These are steps + 1 evenly spaced integers; None stands for the number in SAMPLERS, at most T.
+    For dpm++, T, ..., 1 are the integers nearest to evenly spaced u (see above), each once. Raises
+    ValueError unless 1 <= steps <= T.
+    """
+    T = T or schedule.T
+    steps = min(T, SAMPLERS[sampler]) if steps is None else steps
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and {T}, not {steps}")
-    return [round(T * k / steps) for k in range(steps, -1, -1)]
+    if sampler != "dpm++":
+        return [round(T * k / steps) for k in range(steps, -1, -1)]
+    u = 0.5 * schedule.snr(torch.arange(1, T + 1)).log()  # (T,), falling
+    wanted = torch.linspace(u[-1], u[0], steps, dtype=u.dtype)
+    return [*dict.fromkeys((1 + (u[:, None] - wanted).abs().argmin(dim=0)).tolist()), 0]
 
 
 @torch.no_grad()
 def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
            sampler: str = "ddpm", variance: str = "beta_tilde", steps: int | None = None,
            clip: bool = True, start: tuple[int, torch.Tensor] | None = None,
-           shape: tuple[int, int, int] = (1, 28, 28),
+           shape: tuple[int, int, int] = (1, 28, 28), eta: float = 0.0,
            ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Generate one image per seed, showing every step.                 [DDPM Algorithm 2]
 
     model     called as model(xt, t) with t in the paper's count; used in eval mode
     schedule  the schedule the model was trained with
     seeds     B integers; image k depends on seeds[k] alone
-    sampler   "ddpm", the ancestral sampler
-    variance  as in p_step
-    steps     number of steps, 1..T; None takes all T. Fewer steps are longer ones: the steps from
-              s + 1 to t together are one noisy step with α = ᾱ_t / ᾱ_s  [IDDPM section 4]
+    sampler   "ddpm", the ancestral sampler; for fewer steps "ddim", with eta as in ddim_step, and
+              "dpm++"
+    variance  as in p_step, for ddpm
+    steps     1..T; None takes all T with ddpm, 50 with ddim, 20 with dpm++. Fewer are longer: to
+              ddpm, the steps from s + 1 to t are one with α = ᾱ_t / ᾱ_s   [IDDPM section 4]
     clip      clip x̂₀ to [-1, 1] in every step
     start     (t, xt) begins with these images at noise level t instead of with pure noise, and
               takes t steps, or the given number of steps if that is less
     shape     (C, H, W) of an image
 
-    Yields (t, xt, x0_hat) from t = T down to t = 0, steps + 1 times: images of noise level t and
-    the prediction x̂₀ made from them, both (B, C, H, W) on the device of the model. At t = 0 both
-    are the finished images. Raises ValueError for unknown names or numbers out of range, when the
-    first triple is asked for.
+    Yields (t, xt, x0_hat) for each of timesteps(): images of noise level t and the prediction x̂₀
+    made from them, both (B, C, H, W) on the device of the model. At t = 0 both are the finished
+    images. Raises ValueError for impossible arguments, when the first triple is asked for.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"unknown variance {variance!r}; known are {', '.join(VARIANCES)}")
-    if sampler != "ddpm":
-        raise ValueError(f"unknown sampler {sampler!r}; known is ddpm")
-    if len(seeds) == 0:
-        raise ValueError("no seeds, so nothing to sample")
+    for name, known in ((variance, VARIANCES), (sampler, SAMPLERS)):
+        if name not in known:
+            raise ValueError(f"unknown {name!r}; known are {', '.join(known)}")
+    if len(seeds) == 0 or not 0 <= eta <= 1:
+        raise ValueError("no seeds, so nothing to sample, or eta is not between 0 and 1")
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -159,24 +200,27 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
         # On the CPU, one image at a time: the same numbers in any batch and on any device.
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-    xt = draw_noise()  # x_T
-    levels = timesteps(schedule.T, steps)
+    xt, T, before = draw_noise(), schedule.T, None  # x_T
     if start is not None:
-        t, xt = start[0], start[1].to(device)
-        if not 1 <= t <= schedule.T or len(xt) != len(seeds):
-            raise ValueError(f"start needs a t in 1..{schedule.T} and one image for each of the "
-                             f"{len(seeds)} seeds")
-        levels = timesteps(t, None if steps is None else min(steps, t))
-
+        T, xt = start[0], start[1].to(device)
+        if not 1 <= T <= schedule.T or len(xt) != len(seeds):
+            raise ValueError(f"start needs a t in 1..{schedule.T} and one image for each seed")
+        steps = None if steps is None else min(steps, T)
+    levels = timesteps(schedule, sampler, steps, T)
     for t, t_prev in zip(levels[:-1], levels[1:]):
         # Dropout and the like must rest while sampling. The caller may train between two steps.
         was_training = model.training
         model.eval()
         eps_hat = model(xt, torch.full((len(xt),), t, device=device))
         model.train(was_training)
-
-        yield t, xt, predict_clean(schedule, xt, t, eps_hat, clip)
-        xt = p_step(schedule, xt, t, eps_hat, draw_noise(), t_prev, variance, clip)
+        x0_hat, noise = predict_clean(schedule, xt, t, eps_hat, clip), draw_noise()
+        yield t, xt, x0_hat
+        if sampler == "ddpm":
+            xt = p_step(schedule, xt, t, eps_hat, noise, t_prev, variance, clip)
+        elif sampler == "ddim":
+            xt = ddim_step(schedule, xt, t, x0_hat, noise, t_prev, eta)
+        else:
+            xt, before = dpm_step(schedule, xt, t, x0_hat, t_prev, before), (t, x0_hat)
     yield 0, xt, xt
 
 
@@ -184,9 +228,8 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 
 def open_checkpoint(name: str | None, finished: bool = True) -> tuple[Path, Checkpoint]:
     """Load a model file and print which: the one named, else your own run in runs/mnist, if there
-    is one and, unless finished is False, it is finished; else the one that is shipped.
-
-    Raises OSError or ValueError, in one line, if that cannot be done.
+    is one and, unless finished is False, it is finished; else the one that is shipped. Raises
+    OSError or ValueError, in one line.
     """
     path = Path(name or HERE / "runs" / "mnist" / "model.pt")
     if name is None and not path.exists():
@@ -194,8 +237,7 @@ def open_checkpoint(name: str | None, finished: bool = True) -> tuple[Path, Chec
     checkpoint = load_checkpoint(path)
     if name is None and finished and len(checkpoint.history["loss"]) < checkpoint.config.epochs:
         print(f"{path} is not finished yet; --checkpoint {path} would take it", file=sys.stderr)
-        path = SHIPPED
-        checkpoint = load_checkpoint(path)
+        return open_checkpoint(str(SHIPPED))
     epochs = len(checkpoint.history["loss"])
     print(f"{path}: {DATASETS[checkpoint.config.dataset]}, {epochs} epochs"
           + (f", held-out loss {checkpoint.history['held_out'][-1]:.4f}" if epochs else ""),
@@ -222,28 +264,24 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def draw_grid(images: torch.Tensor, scale: int = 4) -> Image:
+def draw_grid(images: torch.Tensor, scale: int = 4) -> Image.Image:
     """Images (B, 1, H, W) in [-1, 1] as one picture, eight to a row, in enlarged pixels."""
-    from torchvision.transforms.functional import to_pil_image  # here: it takes seconds to import
-    from torchvision.utils import make_grid
-
-    grid = make_grid(to_uint8(images.cpu()), nrow=8, padding=1, pad_value=64)[:1]  # (1, H, W)
-    return to_pil_image(repeat(grid, "c h w -> c (h i) (w j)", i=scale, j=scale))
+    from torchvision.utils import make_grid  # here, because it takes seconds to import
+    grid = make_grid(to_uint8(images.cpu()), nrow=8, padding=1, pad_value=64)[0]  # (H, W)
+    return Image.fromarray(repeat(grid, "h w -> (h i) (w j)", i=scale, j=scale).numpy())
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description="Draw digits with a trained diffusion model.")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Draw digits.")
     parser.add_argument("--seeds", type=parse_seeds, default=list(range(32)), metavar="0-31",
                         help="one image for each seed: numbers and ranges with commas (0-31)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(ddpm)")
+    parser.add_argument("--eta", type=float, default=0.0, help="fresh noise of ddim, 0 to 1 (0)")
     parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde",
-                        help="variance of the noise added in each step (beta_tilde)")
-    parser.add_argument("--steps", type=int, default=None, metavar="N",
-                        help="number of steps, fewer are faster and worse (all T)")
-    parser.add_argument("--no-clip", dest="clip", action="store_false",
-                        help="do not clip the predicted image to [-1, 1]")
-    parser.add_argument("--checkpoint", metavar="FILE",
-                        help="model file (your own finished run, else pretrained/model.pt)")
+                        help="variance of the noise that ddpm adds in each step (beta_tilde)")
+    parser.add_argument("--steps", type=int, metavar="N", help="(all T; ddim 50, dpm++ 20)")
+    parser.add_argument("--no-clip", dest="clip", action="store_false", help="do not clip x0_hat")
+    parser.add_argument("--checkpoint", metavar="FILE", help="model (your own, else the shipped)")
     parser.add_argument("--out", metavar="PNG", help="picture (samples.png beside the model)")
     parser.add_argument("--gif", metavar="GIF", help="write the way there as an animation, too")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
@@ -258,18 +296,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         path, checkpoint = open_checkpoint(args.checkpoint)
         model = checkpoint.model.to(device)
-        levels = timesteps(checkpoint.schedule.T, args.steps)
+        levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
         # Pictures of a run belong beside it, those of the shipped model not among shipped files.
         shipped = path.resolve().parent == SHIPPED.parent
         folder = HERE / "runs" / "pretrained" if shipped else path.parent
-        out = Path(args.out or folder / "samples.png")
-        files = [out, Path(args.gif)] if args.gif else [out]
+        files = [Path(file) for file in (args.out or folder / "samples.png", args.gif) if file]
         for file in files:  # what cannot be written should fail now, not after a minute
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.is_dir() or not os.access(file.parent, os.W_OK):
                 raise OSError(f"cannot write {file}; name another file")
-        chain = sample(model, checkpoint.schedule, args.seeds, variance=args.variance,
-                       steps=args.steps, clip=args.clip)
+        chain = sample(model, checkpoint.schedule, args.seeds, args.sampler, args.variance,
+                       args.steps, args.clip, eta=args.eta)
         shown = set(levels[::max(1, len(levels) // 50)]) | {0}  # about 50 frames
         frames = []
         for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
@@ -277,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
                 frames.append(draw_grid(images, scale=2))
         about = PngInfo()
         about.add_text("Description", f"trained on {DATASETS[checkpoint.config.dataset]}")
-        draw_grid(images).save(out, pnginfo=about)
+        draw_grid(images).save(files[0], pnginfo=about)
         if args.gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
             frames[0].save(args.gif, save_all=True, append_images=frames[1:], loop=0,
                            duration=[80] * (len(frames) - 1) + [3000])

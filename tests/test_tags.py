@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["schedule.py", "unet.py", "train.py", "sample.py", "plots.py"]
-TAG = re.compile(r"\[([A-Z]\w+) (Eq\. \d+|section \d[\d.]*|Algorithm \d+)\]")
+TAG = re.compile(r"\[([A-Z][\w+-]+) (Eq\. \d+|section \d[\d.]*|Algorithm \d+)\]")
 
 
 def names(tree: ast.Module) -> dict[int, str]:
@@ -76,7 +76,7 @@ def test_tags_have_one_form():
 
     So no tag escapes these tests by a slip such as an "and" or a line break in it.
     """
-    bracket = re.compile(r"\[[A-Z]\w+\s+(?:Eq|Sec|sec|Alg|alg)[^\]]*\]")
+    bracket = re.compile(r"\[[A-Z][\w+-]+\s+(?:Eq|Sec|sec|Alg|alg)[^\]]*\]")
     for path in [*(ROOT / s for s in SCRIPTS), *(ROOT / "tests").glob("*.py")]:
         if path.name != Path(__file__).name:
             for found in bracket.finditer(path.read_text(encoding="utf-8")):
