@@ -1,4 +1,4 @@
-"""Write tests/spectrum.json: mean and variance of MNIST along its principal axes.
+"""Write pretrained/spectrum.json: mean and variance of MNIST along its principal axes.
 
     python tests/spectrum.py --data DIR        some seconds
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from train import from_uint8, load_images  # noqa: E402
 
-RESULTS = ROOT / "tests" / "spectrum.json"
+RESULTS = ROOT / "pretrained" / "spectrum.json"
 
 
 def spectrum(images: torch.Tensor) -> dict[str, list[float]]:

@@ -17,7 +17,6 @@ they allow, how likely a false alarm is, and which error they notice with 99.9 %
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -753,7 +752,7 @@ def test_solver_follows_the_paper(schedule, seed, data):
 
 
 # Data with the mean and the variances of MNIST along its 784 principal axes: see spectrum.py.
-MNIST = json.loads((Path(__file__).parent / "spectrum.json").read_text())
+MNIST = json.loads((script.SHIPPED.parent / "spectrum.json").read_text())
 MU, LAM = (torch.tensor(MNIST[name], dtype=torch.float64).reshape(28, 28)
            for name in ("mean", "variance"))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import yardstick
 from digits import builtin_digits
 from strategies import FEW, SEED, normal, pictures
-from yardstick import frechet_distance, look, measure, nearest_distance
+from yardstick import frechet_distance, look, measure, nearest
 
 
 @given(SEED, st.integers(1, 6), st.integers(10, 40))
@@ -58,16 +58,18 @@ def test_distance_sees_covariance_alone(seed, correlation):
 
 @FEW
 @given(SEED)
-def test_nearest_distance_equals_a_plain_loop(seed):
-    """The root of the mean square of the difference, smallest of all; 0 for a set within another."""
+def test_nearest_equals_a_plain_loop(seed):
+    """The root of the mean square of the difference, smallest of all, and whose it is; 0 for a set
+    within another."""
     images, others = pictures(5, 8, seed), pictures(7, 8, seed + 1)
-    loop = [min(((a - b) ** 2).mean().sqrt().item() for b in others.double() / 127.5)
+    loop = [[((a - b) ** 2).mean().sqrt().item() for b in others.double() / 127.5]
             for a in images.double() / 127.5]
-    found = nearest_distance(images, others).tolist()
+    distance, which = nearest(images, others)
     # The squares cancel in float32: 64 products of size 1, each rounded to 6e-8, give errors of
     # 64 * 6e-8 / 64 in the mean square, and of its root near zero.
-    assert found == pytest.approx(loop, abs=1e-3)
-    assert nearest_distance(images, torch.cat([others, images])).amax() < 1e-3
+    assert distance.tolist() == pytest.approx([min(row) for row in loop], abs=1e-3)
+    assert all(row[k] <= min(row) + 1e-3 for row, k in zip(loop, which.tolist()))
+    assert nearest(images, torch.cat([others, images]))[0].amax() < 1e-3
 
 
 def test_training_teaches_the_classifier_and_measure_sees_what_was_drawn():

@@ -37,7 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sample import VARIANCES, open_checkpoint, sample, to_uint8  # noqa: E402
+from sample import SAMPLERS, VARIANCES, open_checkpoint, sample, to_uint8  # noqa: E402
 from train import from_uint8, load_images, save  # noqa: E402
 from unet import pick_device  # noqa: E402
 
@@ -116,19 +116,22 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
             + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def nearest_distance(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Root of the mean square pixel distance of each image to its nearest other one, (N,).
+def nearest(images: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance of each image to its nearest other one, (N,), and which one that is, (N,).
 
-    Both uint8 (.., 1, H, W); distances are in units of the range [-1, 1], chunk by chunk.
+    Both uint8 (.., 1, H, W). The distance is the root of the mean square over pixels in [-1, 1].
     """
     pool = [rearrange(from_uint8(part), "n c h w -> n (c h w)") for part in others.split(10_000)]
-    found = []
-    for part in images.split(250):
+    squares, which = [], []
+    for part in images.split(250):  # 60 MB at a time for 60,000 others
         x = rearrange(from_uint8(part), "n c h w -> n (c h w)")
         # |x - y|² = |x|² - 2 x·y + |y|²: matrix products, a hundred times faster than differences
-        squares = [x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1) for y in pool]
-        found.append(torch.cat(squares, dim=1).amin(dim=1).clamp(min=0) / x.shape[1])
-    return torch.cat(found).sqrt()
+        all_squares = torch.cat([x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)
+                                 for y in pool], dim=1)
+        found = all_squares.min(dim=1)
+        squares.append(found.values.clamp(min=0) / x.shape[1])
+        which.append(found.indices)
+    return torch.cat(squares).sqrt(), torch.cat(which)
 
 
 def measure(classifier: nn.Sequential, images: torch.Tensor, reference: tuple,
@@ -141,19 +144,17 @@ def measure(classifier: nn.Sequential, images: torch.Tensor, reference: tuple,
             "confident": (chances.amax(dim=1) > 0.9).double().mean().item(),
             "chi2": ((counts - expected).square() / expected).sum().item(),
             "classes": counts.tolist(),
-            "nearest": nearest_distance(images, known).median().item()}
+            "nearest": nearest(images, known)[0].median().item()}
 
 
-def draw_samples(checkpoint, count: int, variance: str, steps: int | None, device) -> torch.Tensor:
-    """The images of seeds 0..count-1, uint8 (count, 1, 28, 28)."""
+def draw_samples(checkpoint, seeds: range, device, **options) -> torch.Tensor:
+    """The images of these seeds, uint8 (N, 1, 28, 28); options as of sample.sample."""
     model, parts = checkpoint.model.to(device), []
-    size = 100 if device.type == "cpu" else 1000
-    bar = tqdm(total=count, unit=" images", disable=None)
-    for seeds in torch.arange(count).split(size):
-        *_, (_, x0, _) = sample(model, checkpoint.schedule, seeds.tolist(), variance=variance,
-                                steps=steps)
+    bar = tqdm(total=len(seeds), unit=" images", disable=None)
+    for part in torch.tensor(seeds).split(100 if device.type == "cpu" else 1000):
+        *_, (_, x0, _) = sample(model, checkpoint.schedule, part.tolist(), **options)
         parts.append(to_uint8(x0.cpu()))
-        bar.update(len(seeds))
+        bar.update(len(part))
     bar.close()
     return torch.cat(parts)
 
@@ -163,8 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
     parser.add_argument("--checkpoint", help="model file (your own run, else the shipped one)")
     parser.add_argument("--count", type=int, default=500, help="number N of images a set (500)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
     parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde")
-    parser.add_argument("--steps", type=int, default=None, help="steps of the sampler (all T)")
+    parser.add_argument("--steps", type=int, default=None, help="(ddpm all T, ddim 50, dpm++ 20)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--train", action="store_true", help="train the classifier anew")
     parser.add_argument("--out", help="add the numbers to this file, a JSON object a line")
@@ -183,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
 
     generator = torch.Generator().manual_seed(0)
     path, checkpoint = open_checkpoint(args.checkpoint)
-    samples = draw_samples(checkpoint, args.count, args.variance, args.steps, device)
+    samples = draw_samples(checkpoint, range(args.count), device, sampler=args.sampler,
+                           variance=args.variance, steps=args.steps)
     shuffled = samples.flatten(1)[:, torch.randperm(28 * 28, generator=generator)]
     rows = {
         "training images": known[torch.randperm(len(known), generator=generator)[:args.count]],
@@ -199,8 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:26}{row['distance']:9.2f}{row['confident']:11.1%}{row['chi2']:9.1f}"
               f"{row['nearest'] or 0:9.3f}   {' '.join(map(str, row['classes']))}")
         if args.out and name == "samples":
-            row |= {"model": path.name, "variance": args.variance,
-                    "steps": args.steps or checkpoint.schedule.T}
+            row |= {"model": path.name, "sampler": args.sampler, "variance": args.variance,
+                    "steps": args.steps}
             with open(args.out, "a") as file:
                 file.write(json.dumps(row) + "\n")
     # How much chance there is in a distance: sets of real images, no two with an image in common.

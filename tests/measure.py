@@ -1,0 +1,264 @@
+"""Measure what the blog only claims, and how the samplers compare. plots.py draws what this writes.
+
+    python tests/measure.py --data DIR                     everything
+    python tests/measure.py --data DIR decided copies      only the parts named
+    python tests/measure.py --data DIR --count 500         more samples of each chain of 1,000 steps
+
+    part          what it measures                                    two CPU cores
+    difficulty    the loss at each t after several epochs             2 minutes
+    decided       when the outcome of the chain is settled            15 minutes
+    samplers      distance to real digits, and time, of each sampler  15 minutes for 500 chains of
+                                                                      1,000 steps, 1 for 500 of 50
+    noise         the same x_T with and without fresh noise           that of samplers
+    copies        distances to the nearest training digits            that of samplers
+
+Everything goes to pretrained/claims.pt: plain numbers and small tensors. The samples themselves are
+kept in runs/samples/, so a part that was stopped goes on where it was, and more can be added later.
+Distances are those of yardstick.py. The images of each chain have the seeds 0, 1, 2, ...
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from sample import SHIPPED, open_checkpoint, sample, to_uint8  # noqa: E402
+from train import Checkpoint, from_uint8, load_checkpoint, load_images, save  # noqa: E402
+from unet import pick_device  # noqa: E402
+from yardstick import (draw_samples, frechet_distance, load_classifier, look,  # noqa: E402
+                       measure, nearest)
+
+RESULTS = ROOT / "pretrained" / "claims.pt"
+# Name of a chain -> sampler, steps, variance. Those of up to 50 steps are cheap: 2,000 images each.
+CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde"), "ddpm 1000, beta": ("ddpm", 1000, "beta"),
+          "ddpm 1000, zero": ("ddpm", 1000, "zero"), "ddim 1000": ("ddim", 1000, "beta_tilde")}
+CHAINS |= {f"{sampler} {steps}": (sampler, steps, "beta_tilde") for steps in (50, 20, 10, 5)
+           for sampler in ("ddpm", "ddim", "dpm++")}
+SIZES = 500, 2000  # numbers of images for which distances are given
+
+
+class Bench:
+    """What all parts need: the model, the images, the classifier, and the samples drawn so far.
+
+    count  images of each chain of 1,000 steps; the others have at least cheap
+    """
+
+    def __init__(self, checkpoint: Checkpoint, path: Path, data: str, count: int, cheap: int,
+                 device: str, out: Path, scratch: Path):
+        self.checkpoint, self.out, self.path = checkpoint, out, path
+        self.device = pick_device(device)
+        self.model = checkpoint.model.to(self.device)
+        self.count, self.cheap = count, max(count, cheap)
+        dataset = checkpoint.config.dataset
+        self.known, self.real = (load_images(data, part, dataset)[0] for part in (True, False))
+        self.classifier = load_classifier()
+        self.reference = look(self.classifier, self.real)
+        # Samples of another model must not be taken for those of this one.
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        self.scratch = scratch / digest
+        self.scratch.mkdir(parents=True, exist_ok=True)
+
+    def draw(self, name: str, count: int) -> tuple[torch.Tensor, float]:
+        """The images of seeds 0..count-1 of a chain, uint8 (count, 1, 28, 28), and the seconds that
+        one of them took."""
+        sampler, steps, variance = CHAINS[name]
+        file = self.scratch / f"{name}.pt"
+        state = torch.load(file, weights_only=True) if file.exists() else {
+            "images": torch.zeros(0, 1, 28, 28, dtype=torch.uint8), "seconds": 0.0}
+        images = state["images"]
+        while len(images) < count:
+            seeds, begun = range(len(images), min(count, len(images) + 100)), time.perf_counter()
+            more = draw_samples(self.checkpoint, seeds, self.device, sampler=sampler,
+                                variance=variance, steps=min(steps, self.checkpoint.schedule.T))
+            images = torch.cat([images, more])
+            state = {"images": images,
+                     "seconds": state["seconds"] + time.perf_counter() - begun}
+            save(file, state)
+        return images[:count], state["seconds"] / len(images)
+
+    def judge(self, images: torch.Tensor) -> dict:
+        """The yardstick's numbers, with all images and, for the distance, with fewer."""
+        row = measure(self.classifier, images, self.reference, self.known)
+        features = look(self.classifier, images)[0]
+        row["distances"] = {n: frechet_distance(features[:n], self.reference[0])
+                            for n in SIZES if n <= len(images)}
+        return row
+
+
+@torch.no_grad()
+def loss_by_t(model: torch.nn.Module, schedule, images: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted noise at each t, float64 (T+1,); entry 0 is 0.
+
+    The measurement of train.evaluate, whose value is the mean of these if all t are seen equally
+    often.
+    """
+    device = next(model.parameters()).device
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    levels = 1 + torch.arange(len(images)) % schedule.T
+    total, seen = torch.zeros(2, schedule.T + 1, dtype=torch.float64)
+    for x0, t, eps in zip(*(whole.split(128) for whole in (images, levels, noise))):
+        xt = schedule.q_sample(from_uint8(x0), t, eps)
+        error = (eps - model(xt.to(device), t.to(device)).cpu()).double().square().mean((1, 2, 3))
+        total.index_add_(0, t, error)
+        seen.index_add_(0, t, torch.ones_like(error))
+    return total / seen.clamp(min=1)
+
+
+def difficulty(bench: Bench) -> dict:
+    """Which t is hard? The loss at each t after some epochs, and of the model itself."""
+    found = {}
+    for file in sorted(bench.path.parent.glob("epoch-*.pt"), key=lambda p: int(p.stem[6:])):
+        model = load_checkpoint(file).model.to(next(bench.model.parameters()).device)
+        found[int(file.stem[6:])] = loss_by_t(model, bench.checkpoint.schedule, bench.real)
+        print(f"{file.stem}: {found[int(file.stem[6:])][1:].mean():.4f}", flush=True)
+    return found
+
+
+def low_frequencies(images: torch.Tensor, waves: float = 3.5) -> torch.Tensor:
+    """What is left of images (.., H, W) if only waves of up to so many periods across are kept."""
+    spectrum = torch.fft.fft2(images)
+    y, x = (torch.fft.fftfreq(n) * n for n in images.shape[-2:])
+    kept = (y[:, None].square() + x.square()).sqrt() <= waves
+    return torch.fft.ifft2(spectrum * kept).real
+
+
+def share_present(guess: torch.Tensor, final: torch.Tensor) -> dict[str, float]:
+    """How much of what tells the final images from their mean is in a guess, by frequencies.
+
+    1 - |guess - final|²/|final - mean|², both (B, 1, H, W), in low frequencies and in the others:
+    1 if the guess is the final image, 0 if it is the mean of all.
+    """
+    error, spread = guess - final, final - final.mean(dim=0)
+    low = [low_frequencies(part) for part in (error, spread)]
+    high = [part - smooth for part, smooth in zip((error, spread), low)]
+    return {name: 1 - (a.square().sum() / b.square().sum()).item()
+            for name, (a, b) in (("low", low), ("high", high))}
+
+
+def decided(bench: Bench, seeds: int = 32, repeats: int = 3) -> dict:
+    """When is the outcome settled? From x_t of finished chains, go on with other noise.
+
+    For each t: "class", the share of such chains that end as the same numeral as the original, to
+    the classifier; "pixels", 1 - |difference|²/|difference of unrelated chains|²; and the share
+    of the final image that is present in the prediction at t, in low and in high frequencies.
+    """
+    schedule, T = bench.checkpoint.schedule, bench.checkpoint.schedule.T
+    wanted = [round(T * share) for share in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05)]
+    chain = {t: (xt.cpu(), x0_hat.cpu()) for t, xt, x0_hat in
+             sample(bench.model, schedule, list(range(seeds))) if t in [*wanted, 0]}
+    final = chain[0][0]
+
+    def numeral(images: torch.Tensor) -> torch.Tensor:
+        return look(bench.classifier, to_uint8(images))[1].argmax(dim=1)
+
+    unrelated = torch.pdist(final.flatten(1).double()).square().mean().item()
+    found = {}
+    for t in wanted:
+        same, difference = [], []
+        for k in range(1, repeats + 1):
+            others = list(range(100_000 * k, 100_000 * k + seeds))  # seeds of nobody else
+            start = (t, chain[t][0]) if t < T else None
+            *_, (_, again, _) = sample(bench.model, schedule, others, start=start)
+            same.append((numeral(again.cpu()) == numeral(final)).double().mean().item())
+            square = (again.cpu() - final).double().square().sum((1, 2, 3))
+            difference.append(square.mean().item())
+        found[t] = {"class": sum(same) / repeats,
+                    "pixels": 1 - sum(difference) / repeats / unrelated,
+                    **share_present(chain[t][1], final)}
+        print(f"t = {t:4d}: " + ", ".join(f"{k} {v:.3f}" for k, v in found[t].items()), flush=True)
+    return {"seeds": seeds, "repeats": repeats, "levels": found}
+
+
+def samplers(bench: Bench) -> dict:
+    """How good is each sampler, and how long does it take? And how good are real digits?"""
+    found = {"chains": {}, "images": {}, "floor": {}}
+    generator = torch.Generator().manual_seed(0)
+    for n in SIZES:
+        sets = bench.known[torch.randperm(len(bench.known), generator=generator)].split(n)[:10]
+        seen = [look(bench.classifier, part)[0] for part in sets]
+        floor = torch.tensor([frechet_distance(part, bench.reference[0]) for part in seen])
+        found["floor"][n] = floor.mean().item(), floor.std().item()
+        print(f"{len(sets)} sets of {n} training images: distance {floor.mean():.2f}, standard "
+              f"deviation {floor.std():.2f}", flush=True)
+    for name, (_, steps, _) in reversed(CHAINS.items()):  # the short ones first
+        images, seconds = bench.draw(name, bench.count if steps == 1000 else bench.cheap)
+        row = bench.judge(images) | {"seconds": seconds}
+        found["chains"][name], found["images"][name] = row, images[:8].clone()
+        distances = ", ".join(f"{d:.2f} of {n}" for n, d in row["distances"].items())
+        print(f"{name:16} distance {distances}; {row['confident']:.1%} of {row['count']} confident, "
+              f"chi2 {row['chi2']:.0f}, {row['seconds']:.3f} s each", flush=True)
+    real = measure(bench.classifier, bench.real, bench.reference, bench.known)
+    return found | {"test images": real}
+
+
+def noise(bench: Bench) -> dict:
+    """What does the injected noise do? The same x_T with all of it, too much, and none.
+
+    "spread" is the variance over seeds, as a mean over pixels in [-1, 1].
+    """
+    def spread(images: torch.Tensor) -> float:
+        return from_uint8(images).var(dim=0).mean().item()
+
+    found = {"test images": {"spread": spread(bench.real)}}
+    for name in ("ddpm 1000", "ddpm 1000, beta", "ddpm 1000, zero", "ddim 1000"):
+        images, _ = bench.draw(name, bench.count)
+        found[name] = bench.judge(images) | {"spread": spread(images), "images": images[:8].clone()}
+        print(f"{name:16} spread {found[name]['spread']:.3f} (test images "
+              f"{found['test images']['spread']:.3f}), classes {found[name]['classes']}, "
+              f"{found[name]['confident']:.1%} confident", flush=True)
+    return found
+
+
+def copies(bench: Bench, shown: int = 32) -> dict:
+    """Is anything copied? How far samples, and test digits, are from the nearest training digit."""
+    images, _ = bench.draw("ddpm 1000", bench.count)
+    real = bench.real[torch.randperm(len(bench.real), generator=torch.Generator().manual_seed(0))]
+    distance, index = nearest(images, bench.known)
+    real_distance, _ = nearest(real[:len(images)], bench.known)
+    for name, d in (("samples", distance), ("test digits", real_distance)):
+        print(f"{len(d)} {name}: nearest training digit at {d.min():.3f} to {d.max():.3f}, median "
+              f"{d.median():.3f}", flush=True)
+    return {"samples": distance, "test": real_distance, "images": images[:shown].clone(),
+            "nearest": bench.known[index[:shown]].clone()}
+
+
+PARTS = {part.__name__: part for part in (difficulty, decided, samplers, noise, copies)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the claims.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
+    parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
+    parser.add_argument("--checkpoint", default=str(SHIPPED), help="model file (the shipped one)")
+    parser.add_argument("--count", type=int, default=500,
+                        help="images of each chain of 1,000 steps (500)")
+    parser.add_argument("--cheap", type=int, default=2000, help="images of each other chain (2000)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
+    parser.add_argument("--out", default=str(RESULTS), help="file for the results")
+    parser.add_argument("--scratch", default=str(ROOT / "runs" / "samples"),
+                        help="folder that keeps the samples")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.parts if name not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    path, checkpoint = open_checkpoint(args.checkpoint)
+    bench = Bench(checkpoint, path, args.data, args.count, args.cheap, args.device, Path(args.out),
+                  Path(args.scratch))
+    for name in args.parts or PARTS:
+        begun = time.perf_counter()
+        print(f"-- {name}", flush=True)
+        found = PARTS[name](bench)
+        # Another process may have measured another part in the meantime.
+        before = torch.load(bench.out, weights_only=True) if bench.out.exists() else {}
+        save(bench.out, before | {name: found | {"model": bench.scratch.name}})
+        print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

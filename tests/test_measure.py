@@ -1,0 +1,150 @@
+"""The measurements of the claims: each number against a case in which it is known."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import measure as script
+import train
+from digits import builtin_digits
+from measure import Bench, loss_by_t, low_frequencies, share_present
+from sample import sample, to_uint8
+from schedule import NoiseSchedule
+from strategies import FEW, SEED, normal
+from test_sample import Constant
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_run, tmp_path_factory):
+    """A bench on two steps of training and few built-in digits, T = 20."""
+    real = builtin_digits
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "load_images", lambda data, part, dataset: real(
+            120 if part else 60, seed=0 if part else 1))
+        patch.setattr(script, "SIZES", (4, 8))
+        path = tiny_run / "model.pt"
+        yield Bench(train.load_checkpoint(path), path, "", 8, 8, "cpu", folder / "claims.pt",
+                    folder / "samples")
+
+
+@FEW
+@given(SEED, st.integers(4, 12))
+def test_low_and_high_frequencies_share_the_image(seed, size):
+    """Low and high part add up to the image and are orthogonal; a wave of k periods across belongs
+    to the low part for k <= 3, to the high part for k >= 4; a constant is low."""
+    image = normal(seed, 2, 1, 2 * size, 2 * size)
+    low = low_frequencies(image)
+    high = image - low
+    assert abs((low * high).sum().item()) < 1e-9 * image.square().sum().item()
+    assert torch.allclose(low_frequencies(low), low, atol=1e-9)
+    x = torch.arange(28, dtype=torch.float64)
+    for k in range(14):
+        wave = torch.cos(2 * math.pi * k * x / 28).expand(28, 28)
+        for turned in (wave, wave.T):
+            left = low_frequencies(turned).abs().max()
+            assert abs(left - (1 if k <= 3 else 0)) < 1e-9
+
+
+@FEW
+@given(SEED)
+def test_share_present_is_1_for_the_image_and_0_for_the_mean(seed):
+    """And with the low frequencies alone: 1 of the low ones, 0 of the high ones."""
+    final = normal(seed, 5, 1, 28, 28)
+    mean = final.mean(dim=0)
+    assert share_present(final, final) == {"low": 1.0, "high": 1.0}
+    nothing = share_present(mean.expand_as(final), final)
+    assert all(abs(value) < 1e-9 for value in nothing.values())
+    blurred = share_present(mean + low_frequencies(final - mean), final)
+    assert abs(blurred["low"] - 1) < 1e-9 and abs(blurred["high"]) < 1e-9
+
+
+@FEW
+@given(SEED, st.floats(-1, 1))
+def test_loss_by_t_is_that_of_evaluate(seed, c):
+    """Their mean is what train.evaluate measures, if each t is seen equally often; at each t it is
+    the mean over the images that are seen at this t."""
+    schedule = NoiseSchedule.from_betas([0.1, 0.2, 0.3, 0.4], allow_signal=True)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (12, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    model = Constant(schedule, c, 0.0)
+
+    def forward(xt, t):  # each image at its own t, which Constant leaves to the schedule
+        return schedule.predict_eps(xt, t, torch.full_like(xt, c))
+    model.forward = forward
+    by_t = loss_by_t(model, schedule, images)
+    assert by_t[0] == 0 and len(by_t) == 5
+    assert math.isclose(by_t[1:].mean(), train.evaluate(model, schedule, images), rel_tol=1e-6)
+    for t in range(1, 5):
+        x0 = train.from_uint8(images[t - 1::4])
+        # The guess at the noise is wrong by what the image is wrong, sqrt(alpha_bar) (x0 - c).
+        factor = schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t])
+        assert math.isclose(by_t[t], (factor * (x0 - c).double().square().mean()), rel_tol=1e-4,
+                            abs_tol=1e-9)
+
+
+def test_samples_are_those_of_their_seeds_and_are_kept(bench):
+    """Drawn in two goes they are the images of seeds 0..5; what was drawn is not drawn again."""
+    first, _ = bench.draw("ddim 5", 2)
+    images, seconds = bench.draw("ddim 5", 6)
+    *_, (_, x0, _) = sample(bench.model, bench.checkpoint.schedule, list(range(6)), "ddim", steps=5)
+    assert (images.int() - to_uint8(x0).int()).abs().max() <= 1  # other batches, other rounding
+    assert torch.equal(images[:2], first) and seconds > 0
+    file = bench.scratch / "ddim 5.pt"
+    before = file.read_bytes()
+    assert torch.equal(bench.draw("ddim 5", 3)[0], images[:3]) and file.read_bytes() == before
+
+
+def test_a_certain_network_decides_at_once(bench, monkeypatch):
+    """If the prediction is always one image, every restart ends there, whatever t: all numerals
+    agree. As the originals are all alike, there is no difference of unrelated chains to share."""
+    monkeypatch.setattr(bench, "model", Constant(bench.checkpoint.schedule, 0.3, 0.0))
+    monkeypatch.setattr(script, "share_present", lambda guess, final: {"low": 1.0, "high": 1.0})
+    monkeypatch.setattr(torch, "pdist", lambda x: torch.ones(1))
+    found = script.decided(bench, seeds=3, repeats=2)
+    assert [row["class"] for row in found["levels"].values()] == [1.0] * 11
+    assert all(abs(row["pixels"] - 1) < 1e-6 for row in found["levels"].values())
+
+
+def test_an_undecided_network_agrees_by_chance_alone(bench):
+    """With two steps of training nothing is decided at T: the pixels of restarts from there are as
+    different as those of unrelated chains, within what 4 chains can tell."""
+    found = script.decided(bench, seeds=4, repeats=1)
+    levels = found["levels"]
+    assert list(levels) == [20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 1]
+    assert abs(levels[20]["pixels"]) < 0.3 and levels[1]["pixels"] > 0.99
+    assert levels[1]["low"] > 0.99
+
+
+def test_parts_write_what_they_found(bench, monkeypatch, tmp_path, capsys):
+    """Each part adds itself to the file and leaves the others; all is plain numbers and tensors.
+
+    The distances of a sampler are those of its first 4 and of all 8 images; "copies" are nearest
+    to themselves if the samples are put among the known images.
+    """
+    for name in ("samplers", "noise", "copies", "difficulty"):
+        found = script.PARTS[name](bench)
+        train.save(bench.out, (torch.load(bench.out, weights_only=True) if bench.out.exists()
+                               else {}) | {name: found})
+    claims = torch.load(bench.out, weights_only=True)
+    assert set(claims) == {"samplers", "noise", "copies", "difficulty"}
+    assert set(claims["samplers"]["chains"]) == set(script.CHAINS)
+    for row in claims["samplers"]["chains"].values():
+        assert set(row["distances"]) == {4, 8}
+        assert math.isclose(row["distances"][8], row["distance"], rel_tol=1e-9)
+    assert claims["copies"]["samples"].shape == claims["copies"]["test"].shape == (8,)
+    assert list(claims["difficulty"]) == [1]  # the run had one epoch
+    monkeypatch.setattr(bench, "known", torch.cat([bench.known, bench.draw("ddpm 1000", 8)[0]]))
+    again = script.copies(bench)
+    assert again["samples"].max() < 1e-3 and torch.equal(again["nearest"], again["images"])
+    assert claims["noise"]["ddpm 1000"]["spread"] > 0
+
+
+def test_command_refuses_unknown_parts(capsys):
+    """An unknown part is an error that names the known ones."""
+    with pytest.raises(SystemExit):
+        script.main(["everything"])
+    assert "known are difficulty, decided, samplers, noise, copies" in capsys.readouterr().err
