@@ -1,19 +1,12 @@
 """Part 3, continued. Every figure of the book, drawn from a trained model.
 
     python plots.py                       all figures
-    python plots.py loss grid             those named; known are forward, embedding, loss,
-                                          trajectory, grid
-    python plots.py --data DIR            with MNIST from DIR/MNIST/raw
+    python plots.py loss grid             those named; --help lists them
 
-This script draws and never trains. It reads a model file with its history, samples 32 digits from
-seeds 0..31 where a figure needs them (one run of 1,000 steps serves all figures), and writes PNG
-files. Drawn twice on one machine, a figure is the same byte for byte.
-
-    forward       how a digit becomes noise, and the curves that say how fast           Part 1
-    embedding     how the network is told t                                             Part 2
-    loss          the loss of each epoch, beside the one that the blog published        Part 3
-    trajectory    one digit on its way from noise, and what the network expects         Part 3
-    grid          32 digits from 32 seeds                                               Part 3
+This script draws and never trains. Some figures need no more than a model file with its history.
+Some need 32 digits from seeds 0..31, for which one run of 1,000 steps serves. The others show what
+tests/measure.py and tests/bound.py have measured and left beside the model, to see what is true of
+the blog's sentences. Drawn twice on one machine, a figure is the same byte for byte.
 
 One grey scale serves all pictures: black is -1, white is +1, values beyond are cut off. A scale
 fitted to each picture would hide how the range changes on the way.
@@ -23,6 +16,8 @@ Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [Attention] Vaswani 
 """
 
 import argparse
+import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +28,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no screen, no state that all figures share
 from tqdm import tqdm
 
-from sample import SHIPPED, open_checkpoint, sample
+from sample import SHIPPED, draw_grid, open_checkpoint, sample
 from schedule import NoiseSchedule
-from train import BLOG_LOSS, DATASETS, HERE, Checkpoint, from_uint8, load_images
+from train import BLOG_LOSS, DATASETS, HERE, Checkpoint, from_uint8
 from unet import pick_device, timestep_embedding
 
 SEEDS = list(range(32))
@@ -46,8 +41,9 @@ OURS, BLOG, THIRD, FAINT = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-         "lines.linewidth": 2, "image.cmap": "gray", "image.interpolation": "nearest",
-         "savefig.dpi": 150, "figure.facecolor": "white"}
+         "lines.linewidth": 1.5, "legend.frameon": False, "legend.fontsize": 10,
+         "image.cmap": "gray", "image.interpolation": "nearest", "savefig.dpi": 150,
+         "figure.facecolor": "white", "figure.constrained_layout.use": True}
 
 
 @dataclass
@@ -57,28 +53,26 @@ class Material:
     checkpoint  the trained model, its schedule, configuration and history
     chain       {t: (x_t, x̂₀)} for the levels that are drawn, each (32, 1, 28, 28), on the CPU;
                 empty if no figure needs samples
-    digits      (4, 1, 28, 28) clean digits in [-1, 1] for the forward process
-    real        whether these digits are from the data set (else the network has drawn them)
+    claims      what has been measured, by the name of the figure
     """
     checkpoint: Checkpoint
     chain: dict[int, tuple[torch.Tensor, torch.Tensor]]
-    digits: torch.Tensor | None
-    real: bool
+    claims: dict
 
     @property
     def dataset(self) -> str:
         """The name of the data set that the network was trained on."""
         return DATASETS[self.checkpoint.config.dataset]
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights of the network."""
-        return sum(p.numel() for p in self.checkpoint.model.parameters())
-
 
 def shown_levels(T: int) -> list[int]:
-    """The noise levels that are drawn, from T to 0: denser where more happens."""
+    """The noise levels of the trajectory, from T to 0: denser where more happens."""
     return [round(T * share) for share in (1, .8, .6, .5, .4, .3, .2, .1, .05, 0)]
+
+
+def frame_levels(T: int) -> list[int]:
+    """The noise levels of the animation, 48 to 0 squared, in units of T/48²: slower at the end."""
+    return [*dict.fromkeys(round(T * (k / 48)**2) for k in range(48, -1, -1))]
 
 
 def show(ax: Axes, image: torch.Tensor) -> None:
@@ -89,28 +83,43 @@ def show(ax: Axes, image: torch.Tensor) -> None:
     ax.spines[:].set_visible(False)
 
 
+def tiles(ax: Axes, images: torch.Tensor, columns: int = 8) -> None:
+    """Images (N, 1, H, W) in [-1, 1] as one picture."""
+    from torchvision.utils import make_grid  # here, because it takes seconds to import
+    show(ax, make_grid(images, nrow=columns, padding=2, pad_value=-0.5))
+
+
+def picture_rows(title: str, rows: list[tuple[str, torch.Tensor, str]]) -> Figure:
+    """Rows of bytes (8, 1, H, W), each with a name on its left and a note on its right."""
+    figure = Figure(figsize=(10, 1.05 * len(rows) + 0.5))
+    figure.suptitle(title, fontsize=12)
+    for ax, (name, images, note) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows):
+        tiles(ax, from_uint8(images))
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
+        ax.text(1.01, 0.5, note, transform=ax.transAxes, va="center", fontsize=10)
+    return figure
+
+
 # -------------------------------------------------------------------------------------- figures
 
 def plot_forward(material: Material) -> Figure:
     """Digits at growing t, above the curves of the linear and the cosine schedule. [DDPM Eq. 4]"""
-    schedule, digits = material.checkpoint.schedule, material.digits
-    T = schedule.T
-    ts = [round(T * share) for share in (0, .05, .1, .2, .3, .4, .6, 1)]
-    figure = Figure(figsize=(10, 8.6), layout="constrained")
+    schedule, kind = material.checkpoint.schedule, material.checkpoint.config.schedule
+    T, real = schedule.T, material.claims.get("digits")
+    digits = from_uint8(real["images"]) if real else material.chain[0][0][:4]
+    figure = Figure(figsize=(10, 8.6))
     top, bottom = figure.subfigures(2, 1, height_ratios=[len(digits) * 1.2, 3.6])
 
-    generator = torch.Generator().manual_seed(0)
-    eps = torch.randn(digits.shape, generator=generator)  # each row keeps its noise at all t
+    ts = [round(T * share) for share in (0, .05, .1, .2, .3, .4, .6, 1)]
+    eps = torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))  # for all t
     axes = top.subplots(len(digits), len(ts))
     for column, t in enumerate(ts):
-        xt = schedule.q_sample(digits, t, eps)
-        for row in range(len(digits)):
-            show(axes[row, column], xt[row])
+        for ax, xt in zip(axes[:, column], schedule.q_sample(digits, t, eps)):
+            show(ax, xt)
         axes[0, column].set_title(f"t = {t}")
-    whose = (f"{material.dataset}: images" if material.real
-             else f"{material.dataset}: generated images (real ones were not at hand)")
-    top.suptitle(f"{whose} under the forward process of the {material.checkpoint.config.schedule} "
-                 "schedule", fontsize=13)
+    whose = "images" if real else "generated images"
+    top.suptitle(f"{material.dataset}: {whose} under the forward process of the {kind} schedule",
+                 fontsize=13)
 
     left, right = bottom.subplots(1, 2)
     for kind, style in (("linear", "-"), ("cosine", "--")):
@@ -122,25 +131,21 @@ def plot_forward(material: Material) -> Figure:
         decibels = 10 * other.snr(torch.arange(1, T)).log10().numpy()
         right.plot(range(1, T), decibels, style, color=THIRD, label=kind)
     left.set(title=r"Factors $\sqrt{\bar\alpha_t}$ of the image and $\sqrt{1-\bar\alpha_t}$ "
-                   "of the noise", xlabel="t", xlim=(0, T), ylim=(0, 1.4),
-             yticks=[0, .2, .4, .6, .8, 1])
+             "of the noise", xlabel="t", xlim=(0, T), ylim=(0, 1.4), yticks=[0, .2, .4, .6, .8, 1])
     right.set(title="Signal-to-noise ratio", xlabel="t", ylabel="decibel", xlim=(0, T))
     right.axhline(0, color=FAINT, linewidth=1)
-    left.legend(fontsize=9, loc="upper center", ncols=2)
-    right.legend(fontsize=9)
+    left.legend(loc="upper center", ncols=2)
+    right.legend()
     return figure
 
 
 def plot_embedding(material: Material) -> Figure:
-    """The sinusoidal features of every t, and how alike those of two t are.
-
-    [Attention section 3.5]
-    """
+    """The features of every t, and how alike those of two t are.      [Attention section 3.5]"""
     T = material.checkpoint.schedule.T
     dim = material.checkpoint.model.config["embedding"]
     features = timestep_embedding(torch.arange(1, T + 1), dim)  # (T, dim)
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     picture = left.imshow(features.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
                           extent=(1, T, dim, 0))
@@ -152,16 +157,16 @@ def plot_embedding(material: Material) -> Figure:
     for share, color in ((.1, OURS), (.5, BLOG), (.9, THIRD)):
         t = round(T * share)
         distance = (features - features[t - 1]).norm(dim=1).numpy()
-        right.plot(range(1, T + 1), distance, color=color, linewidth=1.2, label=f"to t = {t}")
+        right.plot(range(1, T + 1), distance, color=color, label=f"to t = {t}")
     right.set(title="Distance between embeddings", xlabel="t", xlim=(0, T), ylim=(0, None))
-    right.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.7, 0.02))
+    right.legend(loc="lower center", bbox_to_anchor=(0.7, 0.02))
     return figure
 
 
 def plot_loss(material: Material) -> Figure:
     """Training and held-out loss of each epoch, beside the blog's training loss."""
     history, config = material.checkpoint.history, material.checkpoint.config
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5))
     ax = figure.subplots()
     held_out = "validation" if config.val_images else "test"
     blog = BLOG_LOSS if config.dataset == "mnist" else ()
@@ -176,30 +181,37 @@ def plot_loss(material: Material) -> Figure:
         ax.plot(epochs, values, "o-", color=color, markersize=4, label=label)
         ax.annotate(f"{values[-1]:.4f}", (len(values), values[-1]), xytext=(8, lift), color=color,
                     textcoords="offset points", va="center")
+    seeds = [run["held_out"] for run in material.claims.get("loss", {}).get("runs", [])]
+    if len(seeds) > 1:
+        low, high = map(min, zip(*seeds)), map(max, zip(*seeds))
+        ax.fill_between(range(1, len(seeds[0]) + 1), [*low], [*high], color=THIRD, alpha=0.3,
+                        label=f"{len(seeds)} seeds")
+    if "difficulty" in material.claims:
+        line = material.claims["difficulty"]["linear"][1:].mean().item()
+        ax.axhline(line, color=FAINT, linewidth=1, linestyle="--")
+        ax.text(0.7, line * 1.03, f"best linear denoiser, {line:.4f}", color=FAINT, fontsize=9)
     ax.set_yscale("log")
-    ticks = [.02, .03, .04, .05, .07, .1, .15, .2]
-    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_yticks([.02, .03, .05, .07, .1, .2], ["0.02", "0.03", "0.05", "0.07", "0.1", "0.2"])
     ax.minorticks_off()
     last = max(len(blog), len(history["loss"]), 1)
     ax.set(xlabel="epoch", ylabel="mean squared error of the predicted noise",
            xlim=(0.6, last + 1.2), xticks=range(1, last + 1),
-           title=f"{material.dataset}: loss by epoch" + (", both networks with 324,705 parameters"
-           if blog and material.parameters == 324_705 else ""))
-    ax.legend(frameon=False)
+           title=f"{material.dataset}: loss by epoch")
+    ax.legend()
     return figure
 
 
 def plot_trajectory(material: Material) -> Figure:
     """One digit on its way from noise: x_t above, the prediction x̂₀ made from it below."""
-    chain = material.chain
-    figure = Figure(figsize=(10, 2.45), layout="constrained")
+    chain = {t: material.chain[t] for t in shown_levels(material.checkpoint.schedule.T)}
+    figure = Figure(figsize=(10, 2.45))
     axes = figure.subplots(2, len(chain))
-    for column, (t, (xt, x0_hat)) in enumerate(chain.items()):
-        show(axes[0, column], xt[SHOWN])
-        show(axes[1, column], x0_hat[SHOWN])
-        axes[0, column].set_title(f"t = {t}", fontsize=10)
-    axes[0, 0].set_ylabel("$x_t$", rotation=0, labelpad=14, va="center", fontsize=13)
-    axes[1, 0].set_ylabel(r"$\hat x_0$", rotation=0, labelpad=14, va="center", fontsize=13)
+    for (above, below), (t, (xt, x0_hat)) in zip(axes.T, chain.items()):
+        show(above, xt[SHOWN])
+        show(below, x0_hat[SHOWN])
+        above.set_title(f"t = {t}", fontsize=10)
+    for ax, name in zip(axes[:, 0], ("$x_t$", r"$\hat x_0$")):
+        ax.set_ylabel(name, rotation=0, labelpad=14, va="center", fontsize=13)
     figure.suptitle(f"{material.dataset}: denoising seed {SEEDS[SHOWN]}. The noisy image, and the "
                     "clean image that the network expects", fontsize=12)
     return figure
@@ -207,95 +219,224 @@ def plot_trajectory(material: Material) -> Figure:
 
 def plot_grid(material: Material) -> Figure:
     """32 digits from 32 seeds, four rows of eight."""
-    from torchvision.utils import make_grid  # here, because it takes seconds to import
-
-    grid = make_grid(material.chain[0][0], nrow=8, padding=2, pad_value=-0.5)
-    figure = Figure(figsize=(10, 5.35), layout="constrained")
+    figure = Figure(figsize=(10, 5.35))
     ax = figure.subplots()
-    show(ax, grid)
+    tiles(ax, material.chain[0][0])
     ax.set_title(f"{material.dataset}: seeds {SEEDS[0]} to {SEEDS[-1]}, row by row")
     return figure
 
 
+def plot_difficulty(material: Material) -> Figure:
+    """Loss at each t after the first, a middle and the last epoch, and each t's share of it."""
+    T, found = material.checkpoint.schedule.T, material.claims["difficulty"]
+    epochs = sorted(found["epochs"])
+    curves = {f"after epoch {epoch}": found["epochs"][epoch]
+              for epoch in (epochs[0], epochs[len(epochs) // 2], epochs[-1])}
+    last = found["epochs"][epochs[-1]]
+    figure = Figure(figsize=(10, 4.6))
+    left, right = figure.subplots(1, 2)
+    curves["best linear denoiser"] = found["linear"]
+    for (name, loss), color in zip(curves.items(), (BLOG, THIRD, OURS, FAINT)):
+        smooth = loss[1:].view(T // 10, -1).mean(dim=1)
+        left.plot(torch.arange(5.5, T, 10), smooth, color=color, label=name)
+        right.plot(range(1, T + 1), loss[1:].cumsum(0) / loss[1:].sum(), color=color)
+    for t in (max(1, T // 100), 95 * T // 100):
+        near = last[max(1, t - 5):t + 6].mean()
+        left.plot(t, near, "o", color=OURS)
+        left.annotate(f"t = {t}: {near:.2g}", (t, near), (0, 12), textcoords="offset points",
+                      color=OURS, ha="left" if t < T / 2 else "right")
+    half = 1 + (last.cumsum(0) < last.sum() / 2).sum().item()
+    left.set(yscale="log", xlabel="t", ylabel="mean squared error of the predicted noise",
+             title="Small t is hard, large t is easy")
+    right.set(xlabel="t", ylabel="share of the loss at 1..t", ylim=(0, 1.02),
+              title=f"Half of the loss lies at t below {half}")
+    left.legend()
+    return figure
+
+
+def plot_decided(material: Material) -> Figure:
+    """How often a chain that is started again at t ends as it did before, and what is there."""
+    levels = material.claims["decided"]["levels"]
+    figure = Figure(figsize=(10, 4.8))
+    ax = figure.subplots()
+    for key, color, style, label in (
+            ("class", OURS, "o-", "restarts that end as the same numeral"),
+            ("pixels", BLOG, "s-", "likeness of restarts, by pixel"),
+            ("low", THIRD, "^--", "coarse detail present in the prediction"),
+            ("high", FAINT, "v--", "fine detail present in the prediction")):
+        ax.plot([*levels], [max(0, row[key]) for row in levels.values()], style, color=color,
+                markersize=5, label=label)
+    T = max(levels)
+    for start, end, name in ((1, .6, "static"), (.6, .4, "a blob"), (.4, .1, "identity locks in"),
+                             (.1, 0, "polish")):
+        ax.axvline(end * T, color="#bbbbbb", linewidth=1)
+        ax.text((start + end) / 2 * T, 1.03, name, ha="center", fontsize=9, color=FAINT)
+    settled = max((t for t, row in levels.items() if row["class"] >= 0.9), default=0)
+    ax.set(xlim=(T, 0), ylim=(0, 1.1), ylabel="share",
+           xlabel="t at which the chain goes on with other noise (above: the blog's phases)",
+           title=f"Nine of ten restarts keep the numeral from t = {settled} on")
+    ax.legend(loc="center left", fontsize=10)
+    return figure
+
+
+def plot_noise(material: Material) -> Figure:
+    """The same eight x_T with all of the injected noise, more, none, and by DDIM."""
+    found, rows = material.claims["noise"], []
+    for label, name in ((r"$\tilde\beta_t$", "ddpm 1000"), (r"$\beta_t$", "ddpm 1000, beta"),
+                        ("none", "ddpm 1000, zero"), ("DDIM", "ddim 50")):
+        row, count = found[name], max(found[name]["classes"])
+        rows.append((label, row["images"], f"spread {row['spread']:.3f}\nclear "
+                     f"{row['confident']:.0%}\n{row['classes'].index(count)} most often: "
+                     f"{count / row['count']:.0%}"))
+    return picture_rows("Variance of the injected noise (spread of test digits: "
+                        f"{found['test images']['spread']:.3f})", rows)
+
+
+def plot_copies(material: Material) -> Figure:
+    """32 samples above their nearest training digits, and the distances of many."""
+    found = material.claims["copies"]
+    pairs = [part for rows in zip(found["images"].split(8), found["nearest"].split(8))
+             for part in rows]
+    figure = Figure(figsize=(10, 5))
+    left, right = figure.subplots(1, 2)
+    tiles(left, from_uint8(torch.cat(pairs)))
+    left.set_title("samples (odd rows) above the nearest\nof the training digits (even rows)")
+    bins = [k / 50 for k in range(0, 41)]
+    for key, color, label in (("test", FAINT, "test digits"), ("samples", OURS, "samples")):
+        right.hist(found[key].numpy(), bins, color=color, alpha=0.6,
+                   label=f"{len(found[key])} {label}")
+        right.axvline(found[key].median(), color=color, linestyle="--")
+    right.set(xlabel="distance to the nearest training digit (root mean square, range 2)",
+              title=f"median {found['samples'].median():.3f}, test digits "
+                    f"{found['test'].median():.3f}")
+    right.legend()
+    return figure
+
+
+def plot_epochs(material: Material) -> Figure:
+    """The same eight seeds through the averaged weights of several epochs."""
+    held_out = material.checkpoint.history["held_out"]
+    return picture_rows("The same eight seeds after several epochs", [
+        (f"epoch {epoch}", images, f"held-out loss\n{held_out[epoch - 1]:.4f}")
+        for epoch, images in material.claims["epochs"]["images"].items()])
+
+
+def plot_bits(material: Material) -> Figure:
+    """The bound on the bits of a pixel, term by term and summed up from t = 1."""
+    found, T = material.claims["bits"], material.checkpoint.schedule.T
+    figure = Figure(figsize=(10, 4.6))
+    left, right = figure.subplots(1, 2)
+    for name, label, color in (("beta", r"$\beta_t$", BLOG), ("optimal", "optimal", THIRD),
+                               ("beta_tilde", r"$\tilde\beta_t$", OURS)):
+        terms = torch.tensor([x or math.nan for x in found[name]["terms"]])  # unknown: not drawn
+        total, error = found[name]["total"]
+        left.plot(range(1, T + 1), terms[1:], color=color, linewidth=1.2, label=label)
+        right.plot(range(1, T + 1), terms[1:].nan_to_num().cumsum(0), color=color,
+                   label=rf"{label}: {total:.3f} $\pm$ {error:.3f}")
+    share = terms[1:51].nansum() / terms.nansum()
+    left.set(xscale="log", yscale="log", xlabel="t", ylabel="bits per pixel, term of t",
+             title=f"{share:.0%} of the bits are spent at t up to 50")
+    right.set(xscale="log", xlabel="t", ylabel="sum of the terms 1..t", ylim=(0, None),
+              title="Bits per pixel of a test digit, at most")
+    right.legend(title=r"variance $\sigma_t^2$", loc="lower right")
+    return figure
+
+
+def plot_samplers(material: Material) -> Figure:
+    """The same eight seeds through each sampler, from 5 to 1,000 steps."""
+    found = material.claims["samplers"]
+    chains = {name: row for name, row in found["chains"].items() if "," not in name}
+    size = max(n for n in found["floor"] if all(n in row["distances"] for row in chains.values()))
+    return picture_rows(
+        f"Samplers and steps; distance of {size} samples to test digits (that of real digits: "
+        f"{found['floor'][size][0]:.1f})", [
+            (name, found["images"][name], f"distance {row['distances'][size]:.1f}\n"
+             f"{row['seconds']:.2g} s each") for name, row in chains.items()])
+
+
 FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_loss,
            "trajectory": plot_trajectory, "grid": plot_grid}
+CLAIMS = {"difficulty": plot_difficulty, "decided": plot_decided, "noise": plot_noise,
+          "copies": plot_copies, "epochs": plot_epochs, "bits": plot_bits,
+          "samplers": plot_samplers}
 
 
 # ----------------------------------------------------------------------------- gather and save
 
-def gather(checkpoint: Checkpoint, names: list[str], data: str | Path = HERE / "data",
-           device: str = "cpu") -> Material:
-    """Collect what the named figures need, sampling at most once.
+def measured(folder: Path) -> dict:
+    """What has been measured of the model in a folder, by the name of the figure."""
+    file = folder / "claims.pt"
+    found = torch.load(file, weights_only=True) if file.exists() else {}
+    for name, file in (("bits", folder / "bound.json"), ("loss", folder / "seeds.json")):
+        if file.exists():
+            found[name] = json.loads(file.read_text())
+    return found
 
-    data  folder with MNIST/raw (or the data set of the model) for the clean digits; nothing is
-          downloaded
-    """
-    digits, real = None, False
-    if "forward" in names:
-        try:
-            images, labels = load_images(data, False, checkpoint.config.dataset, download=False)
-            labels = labels.tolist()
-            kinds = [kind for kind in (7, 2, 4, 9, *range(10)) if kind in labels][:4]
-            digits, real = from_uint8(images[[labels.index(kind) for kind in kinds]]), True
-        except FileNotFoundError:
-            print(f"no {DATASETS[checkpoint.config.dataset]} in {data}: the forward process is "
-                  "drawn on generated images", file=sys.stderr)
-    chain = {}
-    if {"trajectory", "grid"} & set(names) or ("forward" in names and not real):
-        model = checkpoint.model.to(pick_device(device))
-        wanted = set(shown_levels(checkpoint.schedule.T))
+
+def gather(checkpoint: Checkpoint, names: list[str], claims: dict, device="cpu") -> Material:
+    """Collect what the named figures need, sampling at most once; claims is from measured()."""
+    chain, T = {}, checkpoint.schedule.T
+    needed = {"trajectory", "grid", "animation"} | (set() if "digits" in claims else {"forward"})
+    if needed & {*names}:
+        model, wanted = checkpoint.model.to(pick_device(device)), shown_levels(T) + frame_levels(T)
         steps = sample(model, checkpoint.schedule, SEEDS)
-        for t, xt, x0_hat in tqdm(steps, total=checkpoint.schedule.T + 1, unit=" steps",
-                                  desc="sampling", disable=None):
+        for t, xt, x0_hat in tqdm(steps, total=T + 1, unit=" steps", desc="sampling", disable=None):
             if t in wanted:
                 chain[t] = xt.cpu(), x0_hat.cpu()
-    if "forward" in names and not real:
-        digits = chain[0][0][:4]
-    return Material(checkpoint, chain, digits, real)
+    return Material(checkpoint, chain, claims)
 
 
 def draw(name: str, material: Material, folder: Path) -> Path:
-    """Draw one figure into folder/name.png and return that path."""
-    config = material.checkpoint.config
+    """Draw one figure into folder/name.png, or the animation into name.gif; return that path."""
+    config, epochs = material.checkpoint.config, len(material.checkpoint.history["loss"])
+    about = (f"{material.dataset}, {epochs} epochs, training seed {config.seed}, {config.schedule} "
+             f"schedule, T = {config.T}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "animation":
+        # 16 shades: noise does not compress otherwise. The digits stay for three seconds.
+        first, *rest = [draw_grid(material.chain[t][0], scale=2).quantize(16)
+                        for t in frame_levels(material.checkpoint.schedule.T)]
+        path = folder / f"{name}.gif"
+        first.save(path, save_all=True, append_images=rest, loop=0, comment=about,
+                   duration=[80] * len(rest) + [3000])
+        return path
+    path = folder / f"{name}.png"
     with rc_context(STYLE):
-        figure = FIGURES[name](material)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.png"
-        figure.savefig(path, metadata={
+        (FIGURES | CLAIMS)[name](material).savefig(path, metadata={
             "Software": None,  # a version number here would change the bytes
-            "Description": f"{material.dataset}, {len(material.checkpoint.history['loss'])} "
-                           f"epochs, training seed {config.seed}, {config.schedule} schedule, "
-                           f"T = {config.T}, {material.parameters} parameters"})
+            "Description": about})
     return path
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS,
-                                     description="Draw the figures of the book.")
-    parser.add_argument("names", nargs="*", metavar="FIGURE",
-                        help=f"which ones: {', '.join(FIGURES)} (all)")
-    parser.add_argument("--checkpoint", metavar="FILE",
-                        help="model file (your own finished run, else pretrained/model.pt)")
-    parser.add_argument("--data", default=HERE / "data", metavar="DIR",
-                        help="folder that holds MNIST/raw, for the clean digits (data)")
-    parser.add_argument("--out", metavar="DIR",
-                        help="folder for the PNG files (figures, or in the folder of your run)")
+    known = [*FIGURES, "animation", *CLAIMS]
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Draw the figures.")
+    parser.add_argument("names", nargs="*", metavar="FIGURE", help=f"{', '.join(known)} (all)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="model (your own, else the shipped)")
+    parser.add_argument("--out", metavar="DIR", help="folder (figures, or beside your own model)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     args = parser.parse_args(argv)
-    names = args.names or list(FIGURES)
-    unknown = [name for name in names if name not in FIGURES]
+    unknown = [name for name in args.names if name not in known]
     try:
         if unknown:
-            raise ValueError(f"unknown figure {unknown[0]!r}; known are {', '.join(FIGURES)}")
+            raise ValueError(f"unknown figure {unknown[0]!r}; known are {', '.join(known)}")
         pick_device(args.device)
     except ValueError as error:
         parser.error(str(error))
     try:
         # The loss of a run can be looked at while it is still under way.
-        path, checkpoint = open_checkpoint(args.checkpoint, finished=names != ["loss"])
+        path, checkpoint = open_checkpoint(args.checkpoint, finished=args.names != ["loss"])
         shipped = path.resolve().parent == SHIPPED.parent
         folder = Path(args.out or (HERE if shipped else path.parent) / "figures")
-        material = gather(checkpoint, names, args.data, args.device)
+        claims = measured(path.parent)
+        missing = [name for name in args.names or known if name in CLAIMS and name not in claims]
+        if missing:
+            lack = f"not measured beside {path}: {', '.join(missing)} (see tests/measure.py)"
+            if args.names:
+                raise ValueError(lack)
+            print(lack, file=sys.stderr)
+        names = [name for name in args.names or known if name not in missing]
+        material = gather(checkpoint, names, claims, args.device)
         for name in names:
             print(f"wrote {draw(name, material, folder)}", flush=True)
     except KeyboardInterrupt:

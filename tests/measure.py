@@ -1,24 +1,26 @@
-"""Measure what the blog only claims, and how the samplers compare. plots.py draws what this writes.
+"""Measure what the blog only claims, and how samplers compare. plots.py draws what this writes.
 
     python tests/measure.py --data DIR                     everything
     python tests/measure.py --data DIR decided copies      only the parts named
-    python tests/measure.py --data DIR --count 500         more samples of each chain of 1,000 steps
+    python tests/measure.py --data DIR --count 2000        more samples in 1,000 steps
 
     part          what it measures                                    two CPU cores
+    digits        four test digits, to draw them                      a second
     difficulty    the loss at each t after several epochs             2 minutes
     decided       when the outcome of the chain is settled            15 minutes
-    samplers      distance to real digits, and time, of each sampler  15 minutes for 500 chains of
-                                                                      1,000 steps, 1 for 500 of 50
-    noise         the same x_T with and without fresh noise           that of samplers
-    copies        distances to the nearest training digits            that of samplers
+    epochs        eight seeds after several epochs                    2 minutes
+    samplers      distance to real digits, and time, of each sampler  40 minutes
+    noise         the same x_T with and without fresh noise           samples of the part above
+    copies        distances to the nearest training digits            samples of the part above
 
-Everything goes to pretrained/claims.pt: plain numbers and small tensors. The samples themselves are
-kept in runs/samples/, so a part that was stopped goes on where it was, and more can be added later.
+Everything goes to claims.pt beside the model: plain numbers and small tensors. The samples
+themselves are kept in runs/samples/. So a part that was stopped goes on, and samples can be added.
 Distances are those of yardstick.py. The images of each chain have the seeds 0, 1, 2, ...
 """
 
 import argparse
 import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -29,34 +31,36 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from sample import SHIPPED, open_checkpoint, sample, to_uint8  # noqa: E402
+from schedule import NoiseSchedule  # noqa: E402
 from train import Checkpoint, from_uint8, load_checkpoint, load_images, save  # noqa: E402
 from unet import pick_device  # noqa: E402
 from yardstick import (draw_samples, frechet_distance, load_classifier, look,  # noqa: E402
                        measure, nearest)
 
-RESULTS = ROOT / "pretrained" / "claims.pt"
-# Name of a chain -> sampler, steps, variance. Those of up to 50 steps are cheap: 2,000 images each.
+SPECTRUM = ROOT / "pretrained" / "spectrum.json"  # written by spectrum.py
+# Name of a chain -> sampler, steps, variance.
 CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde"), "ddpm 1000, beta": ("ddpm", 1000, "beta"),
-          "ddpm 1000, zero": ("ddpm", 1000, "zero"), "ddim 1000": ("ddim", 1000, "beta_tilde")}
+          "ddpm 1000, zero": ("ddpm", 1000, "zero")}
 CHAINS |= {f"{sampler} {steps}": (sampler, steps, "beta_tilde") for steps in (50, 20, 10, 5)
            for sampler in ("ddpm", "ddim", "dpm++")}
-SIZES = 500, 2000  # numbers of images for which distances are given
+SIZES = 200, 500, 2000  # numbers of images for which distances are given
 
 
 class Bench:
     """What all parts need: the model, the images, the classifier, and the samples drawn so far.
 
-    count  images of each chain of 1,000 steps; the others have at least cheap
+    counts  numbers of images: of 1,000 steps, the same with another variance, and of fewer steps
     """
 
-    def __init__(self, checkpoint: Checkpoint, path: Path, data: str, count: int, cheap: int,
+    def __init__(self, checkpoint: Checkpoint, path: Path, data: str, counts: tuple[int, int, int],
                  device: str, out: Path, scratch: Path):
         self.checkpoint, self.out, self.path = checkpoint, out, path
+        self.count, self.few, self.cheap = counts
         self.device = pick_device(device)
         self.model = checkpoint.model.to(self.device)
-        self.count, self.cheap = count, max(count, cheap)
         dataset = checkpoint.config.dataset
-        self.known, self.real = (load_images(data, part, dataset)[0] for part in (True, False))
+        self.known, _ = load_images(data, True, dataset)
+        self.real, self.labels = load_images(data, False, dataset)
         self.classifier = load_classifier()
         self.reference = look(self.classifier, self.real)
         # Samples of another model must not be taken for those of this one.
@@ -81,6 +85,10 @@ class Bench:
                      "seconds": state["seconds"] + time.perf_counter() - begun}
             save(file, state)
         return images[:count], state["seconds"] / len(images)
+
+    def files_of_epochs(self) -> list[Path]:
+        """The model files epoch-N.pt beside the model, in the order of N."""
+        return sorted(self.path.parent.glob("epoch-*.pt"), key=lambda path: int(path.stem[6:]))
 
     def judge(self, images: torch.Tensor) -> dict:
         """The yardstick's numbers, with all images and, for the distance, with fewer."""
@@ -110,14 +118,35 @@ def loss_by_t(model: torch.nn.Module, schedule, images: torch.Tensor) -> torch.T
     return total / seen.clamp(min=1)
 
 
+def wiener(schedule: NoiseSchedule) -> torch.Tensor:
+    """Loss of the best linear denoiser on the training images at each t, float64 (T+1,), 0 at 0.
+
+    Along a principal axis of the images with mean μ and variance λ², the best linear guess is
+    ε = √(1-ᾱ) (x_t - √ᾱ μ)/v with v = ᾱ λ² + 1-ᾱ (Wiener's filter). It errs by ᾱ λ²/v in the mean
+    square.
+    """
+    axes = json.loads(SPECTRUM.read_text())
+    signal = schedule.alpha_bar[1:, None] * torch.tensor(axes["variance"], dtype=torch.float64)
+    error = signal / (signal + 1 - schedule.alpha_bar[1:, None])
+    return torch.cat([torch.zeros(1, dtype=torch.float64), error.mean(dim=1)])
+
+
+def digits(bench: Bench) -> dict:
+    """Four test digits, for the figure of the forward process: the first 7, 2, 4 and 9."""
+    labels = bench.labels.tolist()
+    return {"images": torch.stack([bench.real[labels.index(kind)] for kind in (7, 2, 4, 9)])}
+
+
 def difficulty(bench: Bench) -> dict:
-    """Which t is hard? The loss at each t after some epochs, and of the model itself."""
-    found = {}
-    for file in sorted(bench.path.parent.glob("epoch-*.pt"), key=lambda p: int(p.stem[6:])):
-        model = load_checkpoint(file).model.to(next(bench.model.parameters()).device)
-        found[int(file.stem[6:])] = loss_by_t(model, bench.checkpoint.schedule, bench.real)
-        print(f"{file.stem}: {found[int(file.stem[6:])][1:].mean():.4f}", flush=True)
-    return found
+    """Which t is hard? The loss at each t after some epochs, and that of the best linear guess."""
+    found, linear = {}, wiener(bench.checkpoint.schedule)
+    print(f"best linear denoiser: {linear[1:].mean():.4f}", flush=True)
+    for file in bench.files_of_epochs():
+        model = load_checkpoint(file).model.to(bench.device)
+        loss = loss_by_t(model, bench.checkpoint.schedule, bench.real)
+        found[int(file.stem[6:])] = loss
+        print(f"{file.stem}: {loss[1:].mean():.4f}", flush=True)
+    return {"epochs": found, "linear": linear}
 
 
 def low_frequencies(images: torch.Tensor, waves: float = 3.5) -> torch.Tensor:
@@ -175,6 +204,15 @@ def decided(bench: Bench, seeds: int = 32, repeats: int = 3) -> dict:
     return {"seeds": seeds, "repeats": repeats, "levels": found}
 
 
+def epochs(bench: Bench, seeds: int = 8) -> dict:
+    """From smudge to digit: the same seeds through the averaged weights of several epochs."""
+    found = {}
+    for file in bench.files_of_epochs():
+        checkpoint = load_checkpoint(file)
+        found[int(file.stem[6:])] = draw_samples(checkpoint, range(seeds), bench.device)
+    return {"images": found}
+
+
 def samplers(bench: Bench) -> dict:
     """How good is each sampler, and how long does it take? And how good are real digits?"""
     found = {"chains": {}, "images": {}, "floor": {}}
@@ -186,12 +224,13 @@ def samplers(bench: Bench) -> dict:
         found["floor"][n] = floor.mean().item(), floor.std().item()
         print(f"{len(sets)} sets of {n} training images: distance {floor.mean():.2f}, standard "
               f"deviation {floor.std():.2f}", flush=True)
-    for name, (_, steps, _) in reversed(CHAINS.items()):  # the short ones first
-        images, seconds = bench.draw(name, bench.count if steps == 1000 else bench.cheap)
+    for name, (_, steps, variance) in reversed(CHAINS.items()):  # the short ones first
+        images, seconds = bench.draw(name, bench.cheap if steps < 1000 else
+                                     bench.count if variance == "beta_tilde" else bench.few)
         row = bench.judge(images) | {"seconds": seconds}
         found["chains"][name], found["images"][name] = row, images[:8].clone()
         distances = ", ".join(f"{d:.2f} of {n}" for n, d in row["distances"].items())
-        print(f"{name:16} distance {distances}; {row['confident']:.1%} of {row['count']} confident, "
+        print(f"{name:16} distance {distances}; {row['confident']:.1%} of {row['count']} clear, "
               f"chi2 {row['chi2']:.0f}, {row['seconds']:.3f} s each", flush=True)
     real = measure(bench.classifier, bench.real, bench.reference, bench.known)
     return found | {"test images": real}
@@ -206,8 +245,8 @@ def noise(bench: Bench) -> dict:
         return from_uint8(images).var(dim=0).mean().item()
 
     found = {"test images": {"spread": spread(bench.real)}}
-    for name in ("ddpm 1000", "ddpm 1000, beta", "ddpm 1000, zero", "ddim 1000"):
-        images, _ = bench.draw(name, bench.count)
+    for name in ("ddpm 1000", "ddpm 1000, beta", "ddpm 1000, zero", "ddim 50"):
+        images, _ = bench.draw(name, bench.few)
         found[name] = bench.judge(images) | {"spread": spread(images), "images": images[:8].clone()}
         print(f"{name:16} spread {found[name]['spread']:.3f} (test images "
               f"{found['test images']['spread']:.3f}), classes {found[name]['classes']}, "
@@ -228,7 +267,8 @@ def copies(bench: Bench, shown: int = 32) -> dict:
             "nearest": bench.known[index[:shown]].clone()}
 
 
-PARTS = {part.__name__: part for part in (difficulty, decided, samplers, noise, copies)}
+PARTS = {part.__name__: part for part in
+         (digits, difficulty, decided, epochs, samplers, noise, copies)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -236,11 +276,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
     parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
     parser.add_argument("--checkpoint", default=str(SHIPPED), help="model file (the shipped one)")
-    parser.add_argument("--count", type=int, default=500,
-                        help="images of each chain of 1,000 steps (500)")
-    parser.add_argument("--cheap", type=int, default=2000, help="images of each other chain (2000)")
+    parser.add_argument("--count", type=int, default=500, help="images in 1,000 steps (500)")
+    parser.add_argument("--few", type=int, default=200, help="the same, other variances (200)")
+    parser.add_argument("--cheap", type=int, default=2000, help="images in fewer steps (2000)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
-    parser.add_argument("--out", default=str(RESULTS), help="file for the results")
+    parser.add_argument("--out", help="file for the results (claims.pt beside the model)")
     parser.add_argument("--scratch", default=str(ROOT / "runs" / "samples"),
                         help="folder that keeps the samples")
     args = parser.parse_args(argv)
@@ -248,8 +288,9 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
     path, checkpoint = open_checkpoint(args.checkpoint)
-    bench = Bench(checkpoint, path, args.data, args.count, args.cheap, args.device, Path(args.out),
-                  Path(args.scratch))
+    counts = args.count, args.few, args.cheap
+    bench = Bench(checkpoint, path, args.data, counts, args.device,
+                  Path(args.out or path.parent / "claims.pt"), Path(args.scratch))
     for name in args.parts or PARTS:
         begun = time.perf_counter()
         print(f"-- {name}", flush=True)

@@ -130,7 +130,7 @@ TABLE = [
     ("train", "--data {p}/void --dataset folder", 1, "class folder"),
     ("train", "--data {p}/nowhere --dataset folder", 1, "nowhere"),
     ("train", "--data {p}/images --dataset folder", 1, "image"),
-    ("plots", "forward --data {p}/cut --checkpoint {p}/good.pt", 1, "is damaged"),
+    ("plots", "bits --checkpoint {p}/good.pt", 1, "not measured beside {p}/good.pt: bits"),
     # Model files that are missing, damaged, foreign or of another network.
     *[("sample", f"--checkpoint {{p}}/{name}.pt", 1, "is damaged, or no model file")
       for name in ("empty", "half", "text", "code", "code2", "page", "zip", "gz", "tensor", "foreign",

@@ -1,5 +1,6 @@
 """Every figure is drawn, from any model file, the same each time, and shows what it says."""
 
+import json
 import runpy
 import shutil
 
@@ -7,27 +8,120 @@ import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import plots as script
-from plots import FIGURES, draw, gather
-from strategies import pictures, write_mnist
+from plots import CLAIMS, FIGURES, draw, frame_levels, gather, measured
+from sample import to_uint8
+from strategies import normal, pictures
 from train import BLOG_LOSS, from_uint8, load_checkpoint
+
+
+# As if measured: T = 20, losses that fall as 1/t, a digit that is decided at t = 6.
+FALLING = torch.cat([torch.zeros(1), 1 / torch.arange(1, 21)]).double()
+CHAIN = {"images": pictures(8), "spread": 0.25, "confident": 0.75, "count": 10, "seconds": 0.5,
+         "classes": [1, 1, 1, 4, 0, 0, 1, 1, 1, 0], "distances": {500: 5.5, 2000: 4.5}}
+MEASURED = {
+    "digits": {"images": pictures(4, seed=7)},
+    "difficulty": {"linear": 2 * FALLING, "epochs": {k: FALLING * (1 + 1 / k) for k in (1, 5, 15)}},
+    "decided": {"levels": {t: {"class": 0.1 if t > 6 else 0.95, "pixels": 1 - t / 20,
+                               "low": 1 - t / 20, "high": -0.2} for t in (20, 12, 8, 6, 4, 2, 1)}},
+    "noise": {"test images": {"spread": 0.3}} | {name: CHAIN for name in (
+        "ddpm 1000", "ddpm 1000, beta", "ddpm 1000, zero", "ddim 50")},
+    "copies": {"samples": torch.full((9,), 0.25), "test": torch.full((9,), 0.5),
+               "images": pictures(32), "nearest": pictures(32, seed=1)},
+    "epochs": {"images": {1: pictures(8)}},
+    "bits": {name: {"terms": [0.0, 0.5] + [0.025] * 18 + [None], "total": [1.0, 0.01]}
+             for name in ("beta", "beta_tilde", "optimal")},
+    "samplers": {"chains": {"ddpm 5": CHAIN, "ddpm 1000, zero": CHAIN},
+                 "images": {"ddpm 5": pictures(8)}, "floor": {500: (1.25, 0.1), 2000: (1.0, 0.1)}},
+    "loss": {"runs": [{"held_out": [0.3]}, {"held_out": [0.2]}]},
+}
+EVERY = [*FIGURES, "animation", *CLAIMS]
 
 
 @pytest.fixture(scope="module")
 def material(tiny_run):
-    """What all figures need, from the tiny run and without MNIST."""
-    return gather(load_checkpoint(tiny_run / "model.pt"), list(FIGURES), data=tiny_run)
+    """What all figures need, from the tiny run, which has been measured."""
+    return gather(load_checkpoint(tiny_run / "model.pt"), EVERY, MEASURED)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", [*FIGURES, *CLAIMS])
 def test_figure_is_drawn_twice_the_same(name, material, tmp_path):
     """A PNG of a size for a README, byte for byte the same when drawn again, with its origin."""
     first, second = (draw(name, material, tmp_path / run).read_bytes() for run in "ab")
     assert first == second
     with Image.open(tmp_path / "a" / f"{name}.png") as picture:
-        assert picture.width == 1500 and 300 < picture.height < 2000
+        assert picture.width == 1500 and 200 < picture.height < 2000
         assert "training seed 0, cosine schedule, T = 20" in picture.info["Description"]
+
+
+def test_animation_shows_the_chain(material, tmp_path):
+    """A GIF of the 32 images at falling t, the last the finished ones; twice the same."""
+    path, again = (draw("animation", material, tmp_path / run) for run in "ab")
+    assert path.name == "animation.gif" and path.read_bytes() == again.read_bytes()
+    levels = frame_levels(20)
+    assert levels[0] == 20 and levels[-1] == 0 and levels == sorted(set(levels), reverse=True)
+    with Image.open(path) as animation:
+        assert animation.n_frames == len(levels) and animation.info["loop"] == 0
+        assert b"training seed 0" in animation.info["comment"]
+        animation.seek(len(levels) - 1)
+        shown = pil_to_tensor(animation.convert("L"))[0]
+    final = to_uint8(material.chain[0][0][0, 0]).float()
+    # 16 shades are at most 16 apart, or a little more where few pixels share one.
+    assert (shown[2:58:2, 2:58:2] - final).abs().mean() < 16
+
+
+def test_animation_is_small_enough():
+    """48 frames of noise at full T, the worst case, stay below two megabytes."""
+    assert len(frame_levels(1000)) == 48
+    from io import BytesIO
+    noise = normal(0, 32, 1, 28, 28, dtype=torch.float32)
+    file = BytesIO()
+    script.draw_grid(noise, scale=2).quantize(16).save(file, "GIF")
+    assert 48 * len(file.getvalue()) < 2_000_000
+
+
+def titles(figure) -> list[str]:
+    return [ax.get_title() for ax in figure.axes]
+
+
+def notes(figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def test_figures_of_claims_state_what_was_measured(material):
+    """The numbers in titles and notes are those of the measurements, not of the blog."""
+    # 1/t summed up to 20 is 3.598; half of it is passed between 1/1 + 1/2 + 1/3 and the next.
+    assert titles(script.plot_difficulty(material))[1] == "Half of the loss lies at t below 4"
+    curve = script.plot_difficulty(material).axes[1].lines[0].get_ydata()
+    assert curve[-1] == pytest.approx(1) and curve[0] == pytest.approx(1 / FALLING.sum().item())
+    assert titles(script.plot_decided(material)) == [
+        "Nine of ten restarts keep the numeral from t = 6 on"]
+    assert (script.plot_decided(material).axes[0].lines[3].get_ydata() == 0).all()  # not below
+    assert notes(script.plot_noise(material)) == [
+        "spread 0.250\nclear 75%\n3 most often: 40%"] * 4
+    assert "0.300" in script.plot_noise(material).get_suptitle()
+    assert titles(script.plot_copies(material))[1] == "median 0.250, test digits 0.500"
+    held_out = material.checkpoint.history["held_out"][0]
+    assert notes(script.plot_epochs(material)) == [f"held-out loss\n{held_out:.4f}"]
+    bits = script.plot_bits(material)
+    assert titles(bits)[0] == "100% of the bits are spent at t up to 50"  # there are no others
+    assert bits.axes[1].lines[0].get_ydata()[-1] == pytest.approx(0.5 + 18 * 0.025)
+    assert "1.000 $\\pm$ 0.010" in bits.axes[1].get_legend().get_texts()[0].get_text()
+    samplers = script.plot_samplers(material)
+    assert notes(samplers) == ["distance 4.5\n0.5 s each"]  # of 2,000, the most that all have
+    assert "2000 samples" in samplers.get_suptitle() and "1.0)" in samplers.get_suptitle()
+
+
+def test_copies_stand_below_their_samples(material):
+    """Rows of eight: samples, their nearest training digits, the next samples, and so on."""
+    tiled = torch.from_numpy(script.plot_copies(material).axes[0].images[0].get_array().data)
+    found = MEASURED["copies"]
+    for k in range(32):
+        for row, images in ((k // 8 * 2, found["images"]), (k // 8 * 2 + 1, found["nearest"])):
+            top, left = 2 + 30 * row, 2 + 30 * (k % 8)
+            assert torch.equal(tiled[top:top + 28, left:left + 28], from_uint8(images[k, 0]))
 
 
 def test_grid_shows_the_samples(material):
@@ -58,12 +152,17 @@ def test_trajectory_shows_noisy_images_above_predictions(material):
 
 
 def test_loss_shows_history_and_the_blogs_numbers(material):
-    """The three curves are the blog's fifteen numbers, our training and our held-out loss."""
-    figure = script.plot_loss(material)
-    blog, loss, held_out = (line.get_ydata().tolist() for line in figure.axes[0].lines)
-    assert blog == list(BLOG_LOSS)
-    assert loss == material.checkpoint.history["loss"]
-    assert held_out == material.checkpoint.history["held_out"]
+    """The blog's fifteen numbers, our training and held-out loss, the best linear denoiser, and the
+    least and the greatest held-out loss of several seeds."""
+    ax = script.plot_loss(material).axes[0]
+    linear = ax.lines[-1]
+    assert linear.get_ydata()[0] == pytest.approx(2 * FALLING[1:].mean().item())
+    drawn = [line.get_ydata() for line in ax.lines[:-1]]
+    assert [list(y) for y in drawn] == [  # the tiny run is of MNIST, as far as its file says
+        list(BLOG_LOSS), material.checkpoint.history["loss"],
+        material.checkpoint.history["held_out"]]
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == 0.2 and band.max() == 0.3
 
 
 def test_loss_of_a_run_under_way(tiny_run, tmp_path, monkeypatch, capsys):
@@ -90,22 +189,42 @@ def test_blog_is_shown_beside_mnist_alone(material):
     import copy
     other = copy.deepcopy(material)
     other.checkpoint.config.dataset = "builtin"
+    other.claims.clear()
     figure = script.plot_loss(other)
     assert len(figure.axes[0].lines) == 2 and "built-in digits" in figure.axes[0].get_title()
 
 
-def test_forward_process_says_whose_digits_it_shows(material, tiny_run, tmp_path):
-    """With MNIST at hand: real digits, and no sampling. Without: the network's, and it says so."""
-    labels = torch.tensor([7, 2, 4, 9])
-    write_mnist(tmp_path, pictures(4), labels)
-    real = gather(material.checkpoint, ["forward"], data=tmp_path)
-    assert real.real and not real.chain and torch.equal(real.digits, from_uint8(pictures(4)))
-    assert not material.real and torch.equal(material.digits, material.chain[0][0][:4])
-    for m, word in ((real, "MNIST: images"), (material, "MNIST: generated images")):
+def test_forward_process_says_whose_digits_it_shows(material):
+    """Measured: real digits, and no sampling for them. Not measured: the network's, and it says so.
+    """
+    real = gather(material.checkpoint, ["forward"], MEASURED)
+    assert not real.chain
+    own = gather(material.checkpoint, ["forward"], {})
+    for m, word, expected in ((real, "MNIST: images", from_uint8(MEASURED["digits"]["images"])),
+                              (own, "MNIST: generated images", own.chain[0][0][:4])):
         figure = script.plot_forward(m)
         assert word in figure.subfigs[0].get_suptitle()
         shown = figure.axes[0].images[0].get_array().data
-        assert torch.equal(torch.from_numpy(shown), m.digits[0, 0])
+        assert torch.equal(torch.from_numpy(shown), expected[0, 0])
+
+
+def test_what_was_measured_is_read_from_beside_the_model(tmp_path):
+    """claims.pt, bound.json and seeds.json; what is missing is left out."""
+    assert measured(tmp_path) == {}
+    torch.save({"decided": {"levels": {3: 1.5}}}, tmp_path / "claims.pt")
+    (tmp_path / "bound.json").write_text(json.dumps({"beta": 1}))
+    (tmp_path / "seeds.json").write_text(json.dumps({"runs": []}))
+    assert measured(tmp_path) == {"decided": {"levels": {3: 1.5}}, "bits": {"beta": 1},
+                                  "loss": {"runs": []}}
+
+
+def test_figures_without_measurements_are_left_out(tiny_run, tmp_path, capsys):
+    """All figures of a run that has not been measured: those that need nothing, and a line on the
+    others."""
+    script.main(["--checkpoint", str(tiny_run / "model.pt"), "--out", str(tmp_path), "--device",
+                 "cpu"])
+    assert {path.stem for path in tmp_path.iterdir()} == {*FIGURES, "animation"}
+    assert f"not measured beside {tiny_run / 'model.pt'}: difficulty" in capsys.readouterr().err
 
 
 def test_command_draws_what_is_named(tiny_run, tmp_path, capsys):
@@ -136,7 +255,7 @@ def test_interrupt_says_what_is_complete(tiny_run, tmp_path, monkeypatch, capsys
     ("schedule", ["--help"], "--kind"), ("unet", [], "324,705"),
     ("train", ["--help"], "passes over the training images"),
     ("sample", ["--help"], "one image for each seed"),
-    ("plots", ["--help"], "which ones: forward")])
+    ("plots", ["--help"], "forward, embedding, loss")])
 def test_each_script_is_a_command(name, options, says, monkeypatch, capsys):
     """python SCRIPT.py runs: unet.py shows its table, the others explain their options."""
     path = script.HERE / f"{name}.py"

@@ -91,6 +91,15 @@ def test_readme_shows_equation_line_and_test():
         "the README's table is out of date; python tests/test_tags.py prints the present one")
 
 
+def test_readme_names_tests_that_exist():
+    """What the README says is guarded by a test is guarded by a test of that name."""
+    named = re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    there = {node.name for path in (ROOT / "tests").glob("test_*.py")
+             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.FunctionDef)}
+    assert len(named) > 50 and set(named) <= there
+
+
 def test_readme_lists_every_paper():
     """Each arXiv number that a script gives as a source stands among the README's references."""
     references = (ROOT / "README.md").read_text(encoding="utf-8").split("## References")[1]

@@ -210,7 +210,10 @@ def test_network_is_its_drawing(seed):
 @given(SEED, st.sampled_from([8, 14, 28]))
 def test_only_halving_tells_where_a_place_is(seed, size):
     """Of an image that is the same everywhere, the convolution of stride 2 makes one that is the
-    same everywhere but at the rim, where it meets zeros; the learned image makes the difference."""
+    same everywhere but at the rim, where it meets zeros; the learned image makes the difference.
+
+    [Attention section 3.5] has learned positions as one of two ways.
+    """
     halve = seeded(lambda: script.Halve(4, 6, 7), seed, redraw=True)
     flat = normal(seed, 2, 4, 1, 1).expand(2, 4, size, size)
     with torch.no_grad():

@@ -1,0 +1,411 @@
+"""The bug catalogue: bugs of other projects, put into our scripts, and the law each one breaks.
+
+    python -m pytest tests/test_bugs.py                  all of them, in about a minute
+    python -m pytest tests/test_bugs.py -k softmax       those with this word in their name
+
+Most of these bugs do not stop a program from drawing digits. So good pictures prove little. A test
+that passes proves something only if it can fail. Here both are shown: the law holds for the script
+as it is, and it fails when a few characters of the script are changed.
+
+An exercise. Pick a bug from the list below, or think of one of your own. Guess which law it breaks.
+Make the change in the script by hand, run the tests of that script, for example
+
+    python -m pytest tests/test_schedule.py
+
+and read what the failing law says. Then undo the change. If no test fails, you have found a gap.
+
+How it works. The scripts are read as text, one of them is changed, and all are run as modules in
+memory. No script is written to. The test file is run in the same way, so that it sees the changed
+modules; the law is one of its functions, and is called.
+"""
+
+import functools
+import inspect
+import itertools
+import sys
+import tempfile
+import types
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+TESTS = Path(__file__).resolve().parent
+# In an order in which each finds those that it imports.
+COPIED = [*(TESTS.parent / f"{name}.py" for name in "schedule unet train sample plots".split()),
+          TESTS / "strategies.py"]
+
+
+class Bug(NamedTuple):
+    name: str
+    script: str
+    old: str  # a piece of the script that stands in it exactly once
+    new: str  # what the bug makes of it
+    law: str  # the test that fails, file::function
+    seen: str  # where it was found: repositories at GitHub, with the issue or pull request if any
+
+
+BUGS = [
+    # ------------------------------------------------------------------------------ the schedule
+    Bug("phantom_beta_0", "schedule.py",
+        "torch.zeros(1, dtype=torch.float64), betas", "betas[:1], betas",
+        "test_schedule.py::test_index_is_the_subscript_of_the_papers",
+        "cloneofsimo/minDiffusion, TeaPearce/Conditional_Diffusion_MNIST"),
+    Bug("beta_indexed_one_late", "schedule.py",
+        "beta_end, T, dtype=torch.float64)", "beta_end, T + 1, dtype=torch.float64)[1:]",
+        "test_schedule.py::test_index_is_the_subscript_of_the_papers",
+        "cloneofsimo/minDiffusion, AmartyaCSB/ComputerVisionProjects"),
+    Bug("noised_one_level_too_far", "schedule.py",
+        "self.alpha_bar[self._check(t, lowest)]",
+        "self.alpha_bar[(self._check(t, lowest) + 1).clamp(max=self.T)]",
+        "test_schedule.py::test_closed_form_equals_iterated_noising",
+        "CompVis/stable-diffusion#533, labmlai/annotated_deep_learning_paper_implementations"),
+    Bug("alpha_bar_padded_on_the_wrong_side", "schedule.py",
+        "betas * (1 - self.alpha_bar[:-1])",
+        "betas * (1 - torch.nn.functional.pad(self.alpha_bar[1:-1], (0, 1), value=1.0))",
+        "test_schedule.py::test_posterior_variance_lies_between_zero_and_beta",
+        "lucidrains/denoising-diffusion-pytorch#18"),
+    Bug("last_step_ends_at_beta_1", "schedule.py",
+        "1 - self.alpha_bar[t_prev]  #", "1 - self.alpha_bar[t_prev.clamp(min=1)]  #",
+        "test_schedule.py::test_posterior_variance_lies_between_zero_and_beta",
+        "lllyasviel/ControlNet#587"),
+    Bug("beta_without_square_root", "schedule.py",
+        "self.beta[t].sqrt()", "self.beta[t]",
+        "test_schedule.py::test_closed_form_equals_iterated_noising",
+        "acids-ircam/diffusion_models, juraam/stable-diffusion-from-scratch#3"),
+    Bug("alpha_for_alpha_bar", "schedule.py",
+        "self.alpha_bar[self._check(t, lowest)]", "self.alpha[self._check(t, lowest)]",
+        "test_schedule.py::test_closed_form_equals_iterated_noising",
+        "yang-song/score_sde_pytorch#73"),
+    Bug("alpha_bar_for_alpha", "schedule.py",
+        "(1 - beta).sqrt() * v_prev", "self.alpha_bar[t].sqrt() * v_prev",
+        "test_schedule.py::test_posterior_leads_back_into_the_forward_process",
+        "acids-ircam/diffusion_models, luost26/diffab#26"),
+    Bug("noise_multiplied_by_the_image", "schedule.py",
+        "signal * x0 + noise * eps", "signal * x0 + noise * x0 * eps",
+        "test_schedule.py::test_closed_form_equals_iterated_noising",
+        "blt2114/twisted_diffusion_sampler#3"),
+    Bug("cosine_not_squared", "schedule.py",
+        "math.pi / 2) ** 2", "math.pi / 2)",
+        "test_schedule.py::test_cosine_follows_the_squared_cosine",
+        "lilianweng/lilianweng.github.io#9"),
+    Bug("factor_per_row_not_per_image", "schedule.py",
+        "value.reshape(-1, *[1] * (x.dim() - 1)) if value.dim() == 1 else value", "value",
+        "test_schedule.py::test_each_image_has_its_own_t",
+        "jolibrain/joliGEN#527, IrisRainbowNeko/HCP-Diffusion#82"),
+    Bug("beta_of_one_or_more_accepted", "schedule.py",
+        "(1 - betas > 0) & (1 - betas < 1)", "betas > 0",
+        "test_schedule.py::test_schedules_that_cannot_work_are_refused",
+        "lucidrains/imagen-pytorch#161"),
+    Bug("few_steps_leave_the_image_visible", "schedule.py",
+        "MAX_SIGNAL = 0.02", "MAX_SIGNAL = 1.0",
+        "test_schedule.py::test_schedules_that_cannot_work_are_refused",
+        "huggingface/blog (annotated-diffusion.md), TeaPearce/Conditional_Diffusion_MNIST"),
+
+    # ------------------------------------------------------------------------------- the network
+    Bug("softmax_over_the_queries", "unet.py",
+        ".softmax(dim=-1)", ".softmax(dim=-2)",
+        "test_unet.py::test_attention_weights_are_averages",
+        "labmlai/annotated_deep_learning_paper_implementations#146"),
+    Bug("norm_created_but_not_applied", "unet.py",
+        "normed = self.norm(x)", "normed = x",
+        "test_unet.py::test_attention_equals_plain_loops",
+        "labmlai/annotated_deep_learning_paper_implementations"),
+    Bug("attention_scores_not_scaled", "unet.py",
+        "(score / math.sqrt(q.shape[-1]))", "score",
+        "test_unet.py::test_attention_equals_plain_loops",
+        "Project-MONAI/GenerativeModels#146"),
+    Bug("heads_and_places_scrambled", "unet.py",
+        'rearrange(seen, "b head (h w) d -> b (head d) h w", h=x.shape[2])',
+        "seen.reshape(x.shape)",
+        "test_unet.py::test_attention_equals_plain_loops",
+        "jsbaan/transformer-from-scratch#6"),
+    Bug("t_divided_by_T", "unet.py",
+        "t.float()[:, None]", "t.float()[:, None] / 1000",
+        "test_unet.py::test_embeddings_of_all_t_are_apart",
+        "ArchiMickey/Just-a-DiT#9, sihyun-yu/REPA#40"),
+    Bug("t_ignored", "unet.py",
+        "self.time_mlp(embedding)", "self.time_mlp(torch.zeros_like(embedding))",
+        "test_unet.py::test_t_matters",
+        "cloneofsimo/minDiffusion"),
+    Bug("sines_and_cosines_by_image", "unet.py",
+        "torch.cat([angle.sin(), angle.cos()], dim=1)",
+        "torch.stack([(torch.cos if i % 2 else torch.sin)(row.repeat(2)) "
+        "for i, row in enumerate(angle)])",
+        "test_unet.py::test_images_of_a_batch_do_not_see_each_other",
+        "gmongaras/Diffusion_models_from_scratch#10"),
+    Bug("residual_block_without_residual", "unet.py",
+        "return x + self.conv2(F.silu(h))", "return self.conv2(F.silu(h))",
+        "test_unet.py::test_network_is_its_drawing",
+        "yilundu/improved_contrastive_divergence#7"),
+
+    # ---------------------------------------------------------------------------------- training
+    Bug("data_from_0_to_1", "train.py",
+        "images.float() / 127.5 - 1", "images.float() / 255",
+        "test_train.py::test_bytes_and_floats_convert_into_each_other",
+        "labmlai/annotated_deep_learning_paper_implementations, DeweiHu/OCT_DDPM#3"),
+    Bug("data_from_minus_half_to_half", "train.py",
+        "images.float() / 127.5 - 1", "images.float() / 255 - 0.5",
+        "test_train.py::test_bytes_and_floats_convert_into_each_other",
+        "cloneofsimo/minDiffusion#11"),
+    Bug("digits_mirrored", "train.py",
+        "digits[order[i * size:(i + 1) * size]]", "digits[order[i * size:(i + 1) * size]].flip(-1)",
+        "test_train.py::test_steps_are_those_of_the_algorithm",
+        "chrischute/real-nvp#5"),
+    Bug("last_t_never_trained", "train.py",
+        "/ count * T).long()", "/ count * (T - 1)).long()",
+        "test_train.py::test_draws_of_t_have_one_in_each_stratum",
+        "TeaPearce/Conditional_Diffusion_MNIST#4, lucidrains/imagen-pytorch#265"),
+    Bug("first_t_never_trained", "train.py",
+        "(1 + (stratum + within) / count * T)", "(2 + (stratum + within) / count * (T - 1))",
+        "test_train.py::test_draws_of_t_have_one_in_each_stratum",
+        "dome272/Diffusion-Models-pytorch"),
+    Bug("t_beyond_T", "train.py",
+        ".long().clamp(max=T)", ".long()",
+        "test_train.py::test_greatest_draw_of_t_is_T",
+        "TencentARC/T2I-Adapter#126"),
+    Bug("uniform_noise", "train.py",
+        "eps = torch.randn(x0.shape, generator=generator)",
+        "eps = torch.rand(x0.shape, generator=generator)",
+        "test_train.py::test_steps_are_those_of_the_algorithm",
+        "acids-ircam/diffusion_models#8"),
+    Bug("loss_against_the_noisy_image", "train.py",
+        "F.mse_loss(eps_hat, eps.to(device))", "F.mse_loss(eps_hat, xt.to(device))",
+        "test_train.py::test_steps_are_those_of_the_algorithm",
+        "irom-princeton/dppo#14"),
+    Bug("gradients_never_reset", "train.py",
+        "adam.zero_grad()", "pass",
+        "test_train.py::test_steps_are_those_of_the_algorithm",
+        "facebookresearch/nwm#16"),
+    Bug("gradient_clipped_after_the_step", "train.py",
+        """torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        adam.param_groups[0]["lr"] = learning_rate(step, total, config)
+        adam.step()""",
+        """adam.param_groups[0]["lr"] = learning_rate(step, total, config)
+        adam.step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)""",
+        "test_train.py::test_steps_are_those_of_the_algorithm",
+        "jongwook/onsets-and-frames#24"),
+    Bug("first_step_at_rate_zero", "train.py",
+        "(step + 1) / rise", "step / rise",
+        "test_train.py::test_learning_rate_rises_then_falls",
+        "karpathy/nanoGPT#443"),
+    Bug("average_without_warm_up", "train.py",
+        "decay = min(decay, (1 + step) / (10 + step))", "decay = 0.9999",
+        "test_train.py::test_average_equals_its_closed_form",
+        "openai/improved-diffusion#59, konpatp/diffae#16"),
+    Bug("average_decays_with_the_number_of_epochs", "train.py",
+        "step, config.ema)", "step, max(0, 1 - 1 / config.epochs))",
+        "test_train.py::test_steps_are_those_of_the_algorithm",
+        "bot66/MNISTDiffusion"),
+    Bug("average_backwards", "train.py",
+        "mean.lerp_(weight, 1 - decay)", "mean.lerp_(weight, decay)",
+        "test_train.py::test_average_equals_its_closed_form",
+        "marin-community/levanter#883"),
+    Bug("training_goes_on_from_the_average", "train.py",
+        'save(out / "model.pt", result)',
+        'save(out / "model.pt", result), model.load_state_dict(average.state_dict())',
+        "test_train.py::test_steps_are_those_of_the_algorithm",
+        "harubaru/waifu-diffusion#31, huggingface/diffusers#2321"),
+    Bug("model_file_without_the_average", "train.py",
+        "for k, v in average.state_dict().items()", "for k, v in model.state_dict().items()",
+        "test_train.py::test_steps_are_those_of_the_algorithm",
+        "huggingface/diffusers#1818"),
+    Bug("left_in_eval_mode", "train.py",
+        "    model.train(was_training)\n", "",
+        "test_train.py::test_evaluate_equals_a_plain_loop",
+        "ermongroup/ncsn#2"),
+    Bug("file_overwritten_in_place", "train.py",
+        'part = path.with_name(path.name + ".part")', "part = path",
+        "test_train.py::test_failed_save_leaves_the_old_file",
+        "Lightning-AI/pytorch-lightning#688"),
+    Bug("generator_not_restored", "train.py",
+        'generator.set_state(state["generator"])', "pass",
+        "test_train.py::test_killed_run_goes_on_from_its_last_file",
+        "karpathy/nanoGPT#467, ai2cm/ace#690"),
+    Bug("adam_starts_afresh_on_resume", "train.py",
+        '(average, "average"), (adam, "adam"))', '(average, "average"))',
+        "test_train.py::test_killed_run_goes_on_from_its_last_file",
+        "bot66/MNISTDiffusion, explainingai-code/DDPM-Pytorch"),
+    Bug("average_lost_on_resume", "train.py",
+        '(average, "average"), (adam, "adam"))', '(adam, "adam"))',
+        "test_train.py::test_killed_run_goes_on_from_its_last_file",
+        "ai2cm/ace#349, Vchitect/Latte#55"),
+    Bug("resumed_one_step_too_far", "train.py",
+        'done, recent = len(history["step_loss"])',
+        'done, recent = len(history["step_loss"]) + resume',
+        "test_train.py::test_killed_run_goes_on_from_its_last_file",
+        "crowsonkb/k-diffusion"),
+    Bug("shuffled_anew_on_resume", "train.py",
+        'state["history"], state["order"], begun',
+        'state["history"], torch.randperm(len(digits), generator=generator), begun',
+        "test_train.py::test_resumed_run_equals_unbroken_run_bit_for_bit",
+        "huggingface/accelerate#4195"),
+
+    # ---------------------------------------------------------------------------------- sampling
+    Bug("noise_in_the_last_step", "sample.py",
+        " * (sigma2 > 0)", "",
+        "test_sample.py::test_last_step_ignores_the_noise",
+        "labmlai/annotated_deep_learning_paper_implementations, acids-ircam/diffusion_models"),
+    Bug("square_root_of_a_logarithm", "sample.py",
+        "beta.reshape(sigma2.shape)", "beta.reshape(sigma2.shape).log()",
+        "test_sample.py::test_unclipped_mean_is_the_papers",
+        "huggingface/diffusers#14569"),
+    Bug("predicted_noise_for_fresh_noise", "sample.py",
+        "sigma2.sqrt() * noise", "sigma2.sqrt() * eps_hat",
+        "test_sample.py::test_unclipped_mean_is_the_papers",
+        "IDEALLab/EngiOpt#66"),
+    Bug("beta_of_a_short_step_in_a_long_one", "sample.py",
+        "schedule.step_beta(t, t_prev).to(xt", "schedule.step_beta(t).to(xt",
+        "test_sample.py::test_long_steps_are_steps_of_the_respaced_schedule",
+        "huggingface/diffusers#3006"),
+    Bug("long_step_ends_at_t_minus_1", "sample.py",
+        "schedule.q_posterior(x0_hat, xt, t, t_prev)", "schedule.q_posterior(x0_hat, xt, t)",
+        "test_sample.py::test_long_steps_are_steps_of_the_respaced_schedule",
+        "huggingface/diffusers#2076"),
+    Bug("clip_computed_but_not_used", "sample.py",
+        "schedule.q_posterior(x0_hat, xt, t, t_prev)",
+        "schedule.q_posterior(schedule.predict_x0(xt, t, eps_hat), xt, t, t_prev)",
+        "test_sample.py::test_clipping_bounds_a_wild_network",
+        "explainingai-code/DDPM-Pytorch, w86763777/pytorch-ddpm#9"),
+    Bug("no_clip_at_all", "sample.py",
+        "x0_hat.clamp(-1, 1) if clip else x0_hat", "x0_hat",
+        "test_sample.py::test_clipping_bounds_a_wild_network",
+        "dome272/Diffusion-Models-pytorch#20"),
+    Bug("chain_stops_before_0", "sample.py",
+        "range(steps, -1, -1)", "range(steps, 0, -1)",
+        "test_sample.py::test_fewer_steps_run_from_T_to_0",
+        "cloneofsimo/minDiffusion"),
+    Bug("stride_that_misses_T", "sample.py",
+        "round(T * k / steps)", "k * (T // steps)",
+        "test_sample.py::test_fewer_steps_run_from_T_to_0",
+        "huggingface/diffusers#5921, huggingface/diffusers#9384"),
+    Bug("network_told_the_step_not_the_level", "sample.py",
+        "torch.full((len(xt),), t, device=device)",
+        "torch.full((len(xt),), len(levels) - 1 - levels.index(t), device=device)",
+        "test_sample.py::test_sampled_chain_keeps_the_marginals_of_a_point",
+        "Stability-AI/stablediffusion#226"),
+    Bug("one_generator_for_the_batch", "sample.py",
+        "[torch.Generator().manual_seed(seed) for seed in seeds]",
+        "[torch.Generator().manual_seed(seeds[0])] * len(seeds)",
+        "test_sample.py::test_image_depends_on_its_seed_alone",
+        "huggingface/diffusers#6233, AUTOMATIC1111/stable-diffusion-webui#376"),
+    Bug("sampled_in_training_mode", "sample.py",
+        "model.eval()", "pass",
+        "test_sample.py::test_sampling_is_in_eval_mode_without_gradients_and_leaves_the_mode",
+        "labmlai/annotated_deep_learning_paper_implementations, huggingface/lerobot#35"),
+    Bug("gradients_kept_while_sampling", "sample.py",
+        "@torch.no_grad()\n", "",
+        "test_sample.py::test_sampling_is_in_eval_mode_without_gradients_and_leaves_the_mode",
+        "TeaPearce/Conditional_Diffusion_MNIST#12"),
+    Bug("ddim_without_square_root", "sample.py",
+        "math.sqrt(1 - fresh) * eps_hat", "(1 - fresh) * eps_hat",
+        "test_sample.py::test_ddim_step_is_the_papers",
+        "mathpluscode/ImgX-DiffSeg#4"),
+    Bug("ddim_eta_not_squared", "sample.py",
+        "fresh = eta**2 *", "fresh = eta *",
+        "test_sample.py::test_ddim_step_is_the_papers",
+        "inbarhub/DDPM_inversion#12"),
+    Bug("ddim_one_level_too_low", "sample.py",
+        "q_sample(x0_hat, t_prev, eps_hat)", "q_sample(x0_hat, max(t_prev - 1, 0), eps_hat)",
+        "test_sample.py::test_ddim_step_is_the_papers",
+        "lucidrains/denoising-diffusion-pytorch#81"),
+    Bug("solver_extrapolates_in_the_last_step", "sample.py",
+        "before is not None and t_prev > 0", "before is not None",
+        "test_sample.py::test_certainty_leads_straight_there",
+        "huggingface/diffusers#9007"),
+    Bug("bytes_wrap_around", "sample.py",
+        ".clamp(0, 255).to(torch.uint8)", ".to(torch.int64).to(torch.uint8)",
+        "test_train.py::test_to_uint8_rises_and_saturates",
+        "huggingface/blog (annotated-diffusion.md)"),
+    Bug("bytes_cut_off_not_rounded", "sample.py",
+        ".round().clamp(0, 255)", ".clamp(0, 255)",
+        "test_train.py::test_to_uint8_rises_and_saturates",
+        "pytorch/vision#8141, AUTOMATIC1111/stable-diffusion-webui#14504"),
+]
+
+# What a broken law raises: of an assert, of pytest.raises if nothing was raised, or for want of a
+# file that should be there. Any other error, a NameError say, would be a slip in the list above.
+BROKEN = (AssertionError, pytest.fail.Exception, FileNotFoundError)
+
+# Hypothesis: enough examples for each bug, the same every time, and no search for simpler ones.
+EXAMPLES = dict(max_examples=100, derandomize=True, database=None, deadline=None,
+                phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+
+
+def source(path: Path, bug: Bug | None) -> str:
+    """The text of a file, with the bug in it if it is the script that has the bug."""
+    text = path.read_text(encoding="utf-8")
+    if bug is None or bug.script != path.name:
+        return text
+    assert text.count(bug.old) == 1, (
+        f"{bug.script} has changed: {bug.old!r} is in it {text.count(bug.old)} times, not once; "
+        f"update the bug {bug.name} in tests/test_bugs.py")
+    return text.replace(bug.old, bug.new)
+
+
+@contextmanager
+def copies(law: str, bug: Bug | None = None):
+    """Yield the law, a function of a test file that sees fresh copies of all scripts."""
+    file, function = law.split("::")
+    before = settings.default
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        settings.register_profile("bugs", **EXAMPLES)
+        settings.load_profile("bugs")  # @given takes it over when the test file is run
+        try:
+            for path in [*COPIED, TESTS / file]:
+                module = types.ModuleType(path.stem)
+                module.__file__ = str(path)
+                patch.setitem(sys.modules, path.stem, module)  # for those that import it
+                exec(compile(source(path, bug), path, "exec"), vars(module))
+            yield getattr(module, function)
+        finally:
+            settings.register_profile("before", before)
+            settings.load_profile("before")
+
+
+def call(law) -> None:
+    """Call a test function as pytest does: with each of its parameters, in a folder of its own."""
+    tables = []
+    for mark in getattr(law, "pytestmark", []):
+        names, rows = mark.args[0].split(", "), mark.args[1]
+        tables.append([dict(zip(names, row if len(names) > 1 else [row])) for row in rows])
+    for case in itertools.product(*tables):
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            given = {name: value for row in case for name, value in row.items()}
+            for name, fixture in (("tmp_path", Path(folder)), ("monkeypatch", patch)):
+                if name in inspect.signature(law).parameters:
+                    given[name] = fixture
+            law(**given)
+
+
+@functools.cache
+def check_without_bug(law: str) -> None:
+    """Raise what the law raises on unchanged copies. Once for all bugs that share the law."""
+    with copies(law) as function:
+        call(function)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=[bug.name for bug in BUGS])
+def test_law_notices_the_bug(bug):
+    """The law holds for copies of the scripts, and fails for copies of which one has the bug."""
+    check_without_bug(bug.law)
+    with copies(bug.law, bug) as function:
+        try:
+            call(function)
+        except BROKEN:
+            return
+    pytest.fail(f"{bug.name}: {bug.law} does not notice it")
+
+
+def test_catalogue_is_in_order():
+    """At least 25 bugs, no two of one name or the same; each law is a test, each source a name."""
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 25
+    assert len({(bug.script, bug.old, bug.new) for bug in BUGS}) == len(BUGS)
+    for bug in BUGS:
+        file, function = bug.law.split("::")
+        assert f"\ndef {function}(" in (TESTS / file).read_text(encoding="utf-8"), bug.law
+        assert function.startswith("test_") and "/" in bug.seen
