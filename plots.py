@@ -243,8 +243,8 @@ def plot_difficulty(material: Material) -> Figure:
     for t in (max(1, T // 100), 95 * T // 100):
         near = last[max(1, t - 5):t + 6].mean()
         left.plot(t, near, "o", color=OURS)
-        left.annotate(f"t = {t}: {near:.2g}", (t, near), (0, 12), textcoords="offset points",
-                      color=OURS, ha="left" if t < T / 2 else "right")
+        left.annotate(f"t = {t}: {near:.2g}", (t, near), (0, -45) if t < T / 2 else (-10, -4),
+                      textcoords="offset points", color=OURS, ha="left" if t < T / 2 else "right")
     half = 1 + (last.cumsum(0) < last.sum() / 2).sum().item()
     left.set(yscale="log", xlabel="t", ylabel="mean squared error of the predicted noise",
              title="Small t is hard, large t is easy")
