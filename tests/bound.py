@@ -1,7 +1,7 @@
 """How many bits does the model spend on a pixel of a test digit? The variational bound, measured.
 
-    python tests/bound.py --data DIR                10,000 test images: 8 minutes on two CPU cores
-    python tests/bound.py --data DIR --count 500    a first look, in 2 minutes
+    python tests/bound.py --data DIR                10,000 test images: 17 minutes on one CPU core
+    python tests/bound.py --data DIR --count 500    a first look, in 3 minutes
     python tests/bound.py --table                   only print what has been measured
 
 An image to which a model gives the probability p can be stored in -log2 p bits. The mean of that is

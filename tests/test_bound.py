@@ -469,3 +469,5 @@ def test_what_is_shipped_was_measured_well():
         # The curve, summed, is another estimate of the same from the same draws.
         assert abs(sum(found[name]["terms"][1:]) - found[name]["total"][0]) < 0.03
     assert found["optimal"]["total"][0] < min(found[n]["total"][0] for n in ("beta", "beta_tilde"))
+    readme = (script.ROOT / "README.md").read_text(encoding="utf-8")
+    assert script.table(found) in readme

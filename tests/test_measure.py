@@ -1,5 +1,6 @@
 """The measurements of the claims: each number against a case in which it is known."""
 
+import hashlib
 import math
 
 import pytest
@@ -175,3 +176,16 @@ def test_command_refuses_unknown_parts(capsys):
     with pytest.raises(SystemExit):
         script.main(["everything"])
     assert f"known are {', '.join(script.PARTS)}" in capsys.readouterr().err
+
+
+def test_what_is_shipped_was_measured_on_the_shipped_model():
+    """Each part of pretrained/claims.pt names the first digits of the hash of pretrained/model.pt,
+    and the loss that it measured after the last epoch is the one that training measured."""
+    folder = script.SHIPPED.parent
+    claims = torch.load(folder / "claims.pt", weights_only=True)
+    digest = hashlib.sha256(script.SHIPPED.read_bytes()).hexdigest()
+    assert claims and all(digest.startswith(part["model"]) for part in claims.values())
+    history = train.load_checkpoint(script.SHIPPED).history
+    for epoch, loss in claims["difficulty"]["epochs"].items():
+        # The files of the epochs hold weights in half precision, good to 5e-4.
+        assert math.isclose(loss[1:].mean(), history["held_out"][epoch - 1], rel_tol=2e-3)

@@ -1,0 +1,71 @@
+"""Every command and every piece of Python that the README shows works, with a small budget."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """What follows "python" in each line of the README's bash blocks, without comments."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).splitlines()
+    return [found[1].strip() for line in lines
+            if (found := re.search(r"\.venv/bin/python ([^#]+)", line))]
+
+
+def test_readme_shows_the_commands_that_matter():
+    """Training, sampling, drawing and the tests are among them."""
+    shown = " ".join(commands())
+    for name in ("train.py", "sample.py", "plots.py", "-m pytest tests"):
+        assert name in shown
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_command_of_the_readme_works(command, tiny_run, tmp_path, monkeypatch, capsys):
+    """train.py with 16 built-in digits, the others with a model of two steps, all into a folder of
+    the test. What the README gives is kept, but for the model file and the sizes of the run."""
+    name, *given = shlex.split(command)
+    if name == "-m":
+        assert given == ["pytest", "tests"] and (ROOT / "tests").is_dir()
+        return
+    model = ["--checkpoint", str(tiny_run / "model.pt"), "--device", "cpu"]
+    budget = {"train.py": ["--dataset", "builtin", "--images", "16", "--batch-size", "8", "--epochs",
+                           "1", "--device", "cpu", "--out", str(tmp_path / "run")],
+              "sample.py": [*model, "--out", str(tmp_path / "digits.png")],
+              "plots.py": [*model, "--out", str(tmp_path)]}[name]
+    script = importlib.import_module(name.removesuffix(".py"))
+    if name == "train.py":  # so that it need not draw 70,000 digits
+        from digits import builtin_digits
+        monkeypatch.setattr(script, "load_images", lambda *args: builtin_digits(16, seed=0))
+    if "--steps" in given:
+        given[given.index("--steps") + 1] = "10"  # the small model has 20
+    monkeypatch.chdir(tmp_path)  # for files that are named without a folder
+    script.main([*given, *budget])
+    assert capsys.readouterr().out and any(tmp_path.iterdir())
+
+
+def test_python_of_the_readme_works(capsys):
+    """The example of the contract prints a line for each step."""
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and lines[-1].startswith("0 ")
+
+
+def test_pictures_of_the_readme_are_there():
+    """Each picture that the README shows is in the repository, and each figure is shown."""
+    shown = set(re.findall(r"\]\((figures/[^)]+)\)", TEXT))
+    assert shown == {f"figures/{path.name}" for path in (ROOT / "figures").iterdir()}
+
+
+def test_scripts_of_the_readme_are_there():
+    """Each script that is named in the text exists."""
+    for name in set(re.findall(r"`(?:python )?((?:tests/)?\w+\.py)", TEXT)):
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
