@@ -189,7 +189,7 @@ def plot_loss(material: Material) -> Figure:
     if "difficulty" in material.claims:
         line = material.claims["difficulty"]["linear"][1:].mean().item()
         ax.axhline(line, color=FAINT, linewidth=1, linestyle="--")
-        ax.text(0.7, line * 1.03, f"best linear denoiser, {line:.4f}", color=FAINT, fontsize=9)
+        ax.text(1.7, line * 1.03, f"best linear denoiser, {line:.4f}", color=FAINT, fontsize=9)
     ax.set_yscale("log")
     ax.set_yticks([.02, .03, .05, .07, .1, .2], ["0.02", "0.03", "0.05", "0.07", "0.1", "0.2"])
     ax.minorticks_off()
@@ -286,7 +286,7 @@ def plot_noise(material: Material) -> Figure:
                         ("none", "ddpm 1000, zero"), ("DDIM", "ddim 50")):
         row, count = found[name], max(found[name]["classes"])
         rows.append((label, row["images"], f"spread {row['spread']:.3f}\nclear "
-                     f"{row['confident']:.0%}\n{row['classes'].index(count)} most often: "
+                     f"{row['confident']:.0%}\nmostly {row['classes'].index(count)}: "
                      f"{count / row['count']:.0%}"))
     return picture_rows("Variance of the injected noise (spread of test digits: "
                         f"{found['test images']['spread']:.3f})", rows)
@@ -306,7 +306,7 @@ def plot_copies(material: Material) -> Figure:
         right.hist(found[key].numpy(), bins, color=color, alpha=0.6,
                    label=f"{len(found[key])} {label}")
         right.axvline(found[key].median(), color=color, linestyle="--")
-    right.set(xlabel="distance to the nearest training digit (root mean square, range 2)",
+    right.set(xlabel="distance to the nearest training digit",
               title=f"median {found['samples'].median():.3f}, test digits "
                     f"{found['test'].median():.3f}")
     right.legend()

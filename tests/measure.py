@@ -4,12 +4,12 @@
     python tests/measure.py --data DIR decided copies      only the parts named
     python tests/measure.py --data DIR --count 2000        more samples in 1,000 steps
 
-    part          what it measures                                    two CPU cores
+    part          what it measures                                    one CPU core
     digits        four test digits, to draw them                      a second
-    difficulty    the loss at each t after several epochs             2 minutes
-    decided       when the outcome of the chain is settled            15 minutes
-    epochs        eight seeds after several epochs                    2 minutes
-    samplers      distance to real digits, and time, of each sampler  40 minutes
+    difficulty    the loss at each t after several epochs             4 minutes
+    decided       when the outcome of the chain is settled            28 minutes
+    epochs        eight seeds after several epochs                    3 minutes
+    samplers      distance to real digits, and time, of each sampler  an hour
     noise         the same x_T with and without fresh noise           samples of the part above
     copies        distances to the nearest training digits            samples of the part above
 

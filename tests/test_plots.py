@@ -100,7 +100,7 @@ def test_figures_of_claims_state_what_was_measured(material):
         "Nine of ten restarts keep the numeral from t = 6 on"]
     assert (script.plot_decided(material).axes[0].lines[3].get_ydata() == 0).all()  # not below
     assert notes(script.plot_noise(material)) == [
-        "spread 0.250\nclear 75%\n3 most often: 40%"] * 4
+        "spread 0.250\nclear 75%\nmostly 3: 40%"] * 4
     assert "0.300" in script.plot_noise(material).get_suptitle()
     assert titles(script.plot_copies(material))[1] == "median 0.250, test digits 0.500"
     held_out = material.checkpoint.history["held_out"][0]

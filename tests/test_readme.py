@@ -36,7 +36,8 @@ def test_command_of_the_readme_works(command, tiny_run, tmp_path, monkeypatch, c
         return
     model = ["--checkpoint", str(tiny_run / "model.pt"), "--device", "cpu"]
     budget = {"train.py": ["--dataset", "builtin", "--images", "16", "--batch-size", "8", "--epochs",
-                           "1", "--device", "cpu", "--out", str(tmp_path / "run")],
+                           "1", "--val-images", "8", "--device", "cpu", "--out",
+                           str(tmp_path / "run")],
               "sample.py": [*model, "--out", str(tmp_path / "digits.png")],
               "plots.py": [*model, "--out", str(tmp_path)]}[name]
     script = importlib.import_module(name.removesuffix(".py"))
