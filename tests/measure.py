@@ -35,7 +35,7 @@ from schedule import NoiseSchedule  # noqa: E402
 from train import Checkpoint, from_uint8, load_checkpoint, load_images, save  # noqa: E402
 from unet import pick_device  # noqa: E402
 from yardstick import (draw_samples, frechet_distance, load_classifier, look,  # noqa: E402
-                       measure, nearest)
+                       measure, nearest, real_floor)
 
 SPECTRUM = ROOT / "pretrained" / "spectrum.json"  # written by spectrum.py
 # Name of a chain -> sampler, steps, variance.
@@ -218,11 +218,9 @@ def samplers(bench: Bench) -> dict:
     found = {"chains": {}, "images": {}, "floor": {}}
     generator = torch.Generator().manual_seed(0)
     for n in SIZES:
-        sets = bench.known[torch.randperm(len(bench.known), generator=generator)].split(n)[:10]
-        seen = [look(bench.classifier, part)[0] for part in sets]
-        floor = torch.tensor([frechet_distance(part, bench.reference[0]) for part in seen])
+        floor = real_floor(bench.classifier, bench.known, bench.reference, n, generator)
         found["floor"][n] = floor.mean().item(), floor.std().item()
-        print(f"{len(sets)} sets of {n} training images: distance {floor.mean():.2f}, standard "
+        print(f"{len(floor)} sets of {n} training images: distance {floor.mean():.2f}, standard "
               f"deviation {floor.std():.2f}", flush=True)
     for name, (_, steps, variance) in reversed(CHAINS.items()):  # the short ones first
         images, seconds = bench.draw(name, bench.cheap if steps < 1000 else

@@ -147,6 +147,14 @@ def measure(classifier: nn.Sequential, images: torch.Tensor, reference: tuple,
             "nearest": nearest(images, known)[0].median().item()}
 
 
+def real_floor(classifier: nn.Sequential, known: torch.Tensor, reference: tuple, count: int,
+               generator: torch.Generator) -> torch.Tensor:
+    """How much chance there is in a distance: those of up to ten sets of `count` real images, no two
+    with an image in common."""
+    sets = known[torch.randperm(len(known), generator=generator)].split(count)[:10]
+    return torch.tensor([frechet_distance(look(classifier, part)[0], reference[0]) for part in sets])
+
+
 def draw_samples(checkpoint, seeds: range, device, **options) -> torch.Tensor:
     """The images of these seeds, uint8 (N, 1, 28, 28); options as of sample.sample."""
     model, parts = checkpoint.model.to(device), []
@@ -206,10 +214,8 @@ def main(argv: list[str] | None = None) -> None:
                     "steps": args.steps}
             with open(args.out, "a") as file:
                 file.write(json.dumps(row) + "\n")
-    # How much chance there is in a distance: sets of real images, no two with an image in common.
-    sets = known[torch.randperm(len(known), generator=generator)].split(args.count)[:10]
-    floor = torch.tensor([frechet_distance(look(classifier, part)[0], reference[0]) for part in sets])
-    print(f"{len(sets)} sets of {args.count} training images: distance {floor.mean():.2f}, standard "
+    floor = real_floor(classifier, known, reference, args.count, generator)
+    print(f"{len(floor)} sets of {args.count} training images: distance {floor.mean():.2f}, standard "
           f"deviation {floor.std():.2f}; {time.perf_counter() - begun:.0f} s")
 
 
