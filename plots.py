@@ -164,7 +164,7 @@ def plot_embedding(material: Material) -> Figure:
 
 
 def plot_loss(material: Material) -> Figure:
-    """Training and held-out loss of each epoch, beside the blog's training loss."""
+    """Loss of each epoch, beside the blog's and that of the best guess that is linear in x_t."""
     history, config = material.checkpoint.history, material.checkpoint.config
     figure = Figure(figsize=(10, 5))
     ax = figure.subplots()
@@ -227,7 +227,7 @@ def plot_grid(material: Material) -> Figure:
 
 
 def plot_difficulty(material: Material) -> Figure:
-    """Loss at each t after the first, a middle and the last epoch, and each t's share of it."""
+    """Loss at each t after the first, a middle and the last epoch, and the share of it up to t."""
     T, found = material.checkpoint.schedule.T, material.claims["difficulty"]
     epochs = sorted(found["epochs"])
     curves = {f"after epoch {epoch}": found["epochs"][epoch]
@@ -255,7 +255,7 @@ def plot_difficulty(material: Material) -> Figure:
 
 
 def plot_decided(material: Material) -> Figure:
-    """How often a chain that is started again at t ends as it did before, and what is there."""
+    """Chains restarted at t: do they end as before? See `decided` in tests/measure.py."""
     levels = material.claims["decided"]["levels"]
     figure = Figure(figsize=(10, 4.8))
     ax = figure.subplots()
@@ -280,7 +280,7 @@ def plot_decided(material: Material) -> Figure:
 
 
 def plot_noise(material: Material) -> Figure:
-    """The same eight x_T with all of the injected noise, more, none, and by DDIM."""
+    """Eight x_T, four kinds of noise. Spread: variance over seeds. Clear: tests/yardstick.py."""
     found, rows = material.claims["noise"], []
     for label, name in ((r"$\tilde\beta_t$", "ddpm 1000"), (r"$\beta_t$", "ddpm 1000, beta"),
                         ("none", "ddpm 1000, zero"), ("DDIM", "ddim 50")):
@@ -322,7 +322,7 @@ def plot_epochs(material: Material) -> Figure:
 
 
 def plot_bits(material: Material) -> Figure:
-    """The bound on the bits of a pixel, term by term and summed up from t = 1."""
+    """The bound of schedule.py, section 5, in bits per pixel: each term, and the sum from t = 1."""
     found, T = material.claims["bits"], material.checkpoint.schedule.T
     figure = Figure(figsize=(10, 4.6))
     left, right = figure.subplots(1, 2)
@@ -343,7 +343,7 @@ def plot_bits(material: Material) -> Figure:
 
 
 def plot_samplers(material: Material) -> Figure:
-    """The same eight seeds through each sampler, from 5 to 1,000 steps."""
+    """The same eight seeds through each sampler. The distance is that of tests/yardstick.py."""
     found = material.claims["samplers"]
     chains = {name: row for name, row in found["chains"].items() if "," not in name}
     size = max(n for n in found["floor"] if all(n in row["distances"] for row in chains.values()))

@@ -25,15 +25,15 @@ Why add noise in line 4? Because x_{t-1} must be as noisy as the images that the
 in training: given x₀, its noise must have variance 1-ᾱ_{t-1}. The mean μ̃_t alone has less. It
 contains x_t, with noise of variance 1-ᾱ_t, times √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t). That leaves a variance
 of α_t (1-ᾱ_{t-1})² / (1-ᾱ_t), and β̃_t is exactly what is missing. Without it the spread is lost
-step by step. For Gaussian data of variance λ², a perfect network and no clipping, a step multiplies
-deviations from the mean by √α_t v_{t-1}/v_t with v_t = ᾱ_t λ² + 1-ᾱ_t. All steps together multiply
-them by √ᾱ_T λ²/v_T, which is 0.006 λ² here. tests/test_sample.py checks this law.
+step by step. For Gaussian data of mean 0 and variance λ², that of x_t is v_t = ᾱ_t λ² + 1-ᾱ_t, and
+a perfect ε̂ √(1-ᾱ_t) x_t/v_t. As v_t - β_t = α_t v_{t-1}, the mean, not clipped, is x_t times
+√α_t v_{t-1}/v_t. All steps together give √ᾱ_T λ²/v_T, here 0.006 λ²; tests/test_sample.py checks it.
 
 Which σ_t²? The best is β̃_t plus the mean squared error that not knowing x₀ leaves in μ̃_t. If x₀
 is a single known point, that error is 0 and β̃_t is exact. If the data are standard normal noise,
-β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have a variance of at most 1, so the best choice
-lies between. It matters only at small t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100. The
-last step adds no noise: x₀ is the result, and noise on it would only be noise on the picture.
+β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have a variance of at most 1, so even a linear
+guess at x₀ errs no more than there, and the best lies between. It matters at small t: β_t exceeds
+β̃_t by 17 % at t = 10, by 2 % at t = 100. The last step adds no noise, which would stay on x₀.
 
 Why clip x̂₀ to [-1, 1]? Pixels cannot lie outside. At t = T a mistake of 0.01 in ε̂ moves x̂₀ by
 1.6. One step goes only a little way towards x̂₀, but mistakes of the same sign in many steps add
@@ -43,10 +43,10 @@ FEWER STEPS. DDIM goes from t to any s < t by noising x̂₀ anew, with the nois
 
         x_s = √ᾱ_s x̂₀ + √(1-ᾱ_s) ε̂                                                [DDIM Eq. 12]
 
-Then x₀ is a function of x_T, and the chain a curve. Divided by √(1-ᾱ), with e^u = √ᾱ/√(1-ᾱ) for the
-signal that comes with a unit of noise, x_t is e^u_t x̂₀ + ε̂, so the step adds (e^u_s - e^u_t) x̂₀.
-That is exact if x̂₀ stays the same on the way. DPM-Solver++ takes steps of equal length in u, and
-lets x̂₀ go on as it did in the step before: with a perfect network, 10 are worth 50 of DDIM's.
+Then x₀ is a function of x_T, and ever shorter steps approach a curve. With r = √ᾱ/√(1-ᾱ), the
+signal for a unit of noise, x_t/√(1-ᾱ_t) is r_t x̂₀ + ε̂: the step adds (r_s - r_t) x̂₀. It ends on
+that curve if x̂₀ stays the same on the way. DPM-Solver++ takes steps of equal length in log r and
+lets x̂₀ go on as it did in the step before: for Gaussian data, 10 are worth 50 of DDIM's.
 
 ONE SEED, ONE DIGIT. Each image takes all its noise from a generator of its own, on the CPU. So seed
 7 gives the same image, up to rounding, alone or among others, on any device. It need not be a 7.
@@ -125,7 +125,7 @@ def ddim_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.T
     """
     # Not the network's ε̂: if x̂₀ was clipped, the noise is what now makes the difference to x_t.
     eps_hat = schedule.predict_eps(xt, t, x0_hat)
-    # Of the variance 1-ᾱ of the noise at t_prev, η² β̃_t is to be fresh. That is this share.
+    # Of the variance 1-ᾱ at t_prev, η² β̃_t is to be fresh: the share η² β_t/(1-ᾱ_t) of it.
     fresh = eta**2 * (schedule.step_beta(t, t_prev) / (1 - schedule.alpha_bar[t])).item()
     eps_hat = math.sqrt(1 - fresh) * eps_hat + math.sqrt(fresh) * noise
     return schedule.q_sample(x0_hat, t_prev, eps_hat)
@@ -141,7 +141,7 @@ def dpm_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.Te
         u, u_next, u_before = (0.5 * schedule.snr(s).log().item() for s in (t, t_prev, before[0]))
         # A straight line through both predictions, read off in the middle of the step to come.
         x0_hat = x0_hat + (u_next - u) / (2 * (u - u_before)) * (x0_hat - before[1])
-    return ddim_step(schedule, xt, t, x0_hat, xt, t_prev)
+    return ddim_step(schedule, xt, t, x0_hat, xt, t_prev)  # fresh noise is not used: eta is 0
 
 
 def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None = None,
@@ -181,7 +181,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
               ddpm, the steps from s + 1 to t are one with α = ᾱ_t / ᾱ_s   [IDDPM section 4]
     clip      clip x̂₀ to [-1, 1] in every step
     start     (t, xt) begins with these images at noise level t instead of with pure noise, and
-              takes t steps, or the given number of steps if that is less
+              takes as many steps as said above, but at most t
     shape     (C, H, W) of an image
 
     Yields (t, xt, x0_hat) for each of timesteps(): images of noise level t and the prediction x̂₀

@@ -43,8 +43,8 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
 3. One step back, if x₀ were known                                     [DDPM Eq. 6] [DDPM Eq. 7]
 
-   To sample we need q(x_{t-1} | x_t), but it depends on the unknown law of all digits. With x₀
-   given, the step back can be computed. It is Gaussian; call its mean μ̃_t and its variance β̃_t.
+   To sample we need q(x_{t-1} | x_t). By Bayes' rule it contains q(x_{t-1}), a mean over the law
+   of all digits, unknown. Given x₀ it can be computed: a Gaussian of mean μ̃_t, variance β̃_t, say.
    By Bayes' rule, q(x_{t-1} | x_t, x₀) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x₀), because
    x_t depends on x₀ only through x_{t-1}. As functions of y = x_{t-1} these two Gaussians multiply,
    for t ≥ 2 and up to a factor without y, to exp(-S/2) with
@@ -77,11 +77,11 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 5. What to train: from the likelihood to a plain mean squared error
 
    Training should make p_θ(x₀) large for real digits. The model runs backwards from noise: it has
-   p(x_T) = N(0, 1) and p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t²), with a σ_t² that is chosen, not
-   learned. A Gaussian can do this where β_t is small: q(x_{t-1} | x_t) is then nearly Gaussian. So
+   p(x_T) = N(0, 1) and p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t²), σ_t² chosen. If β_t is small,
+   a Gaussian will do: q(x_t|x_{t-1}) q(x_{t-1}) is then shaped by its first, narrow factor. So
    p_θ(x₀, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1}|x_t), and p_θ(x₀) is its integral over x₁, ..., x_T,
-   which is the mean over q of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀). By Jensen's inequality -log
-   of a mean is at most the mean of -log,                                           [DDPM Eq. 3]
+   the mean of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀) over x₁, ..., x_T drawn by q from x₀. By
+   Jensen's inequality -log of a mean is at most the mean of -log,                  [DDPM Eq. 3]
 
       -log p_θ(x₀) ≤ E_q[ -log p(x_T) - Σ_{t≥1} log p_θ(x_{t-1}|x_t) + Σ_{t≥1} log q(x_t|x_{t-1}) ]
 
@@ -94,8 +94,8 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
       + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   the learned steps against the exact
       - log p_θ(x₀|x₁)                                    the last step
 
-   where each term is averaged over q [DDPM Eq. 5]. Under the exact step (x_{t-1} - μ_θ)² has the
-   mean β̃_t + (μ̃_t - μ_θ)². So the KL of the two Gaussians, whose variances are fixed, is
+   where each term is averaged over q [DDPM Eq. 5]. A -log p_θ is (x_{t-1} - μ_θ)²/2σ_t² plus a
+   constant, and under the exact step the square has the mean β̃_t + (μ̃_t - μ_θ)². So the KL is
    ‖μ̃_t - μ_θ‖² / 2σ_t² plus a constant [DDPM Eq. 8]. Let μ_θ have the form of section 4 with a
    network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels, μ̃_t - μ_θ is the factor
    -β_t / [√α_t √(1-ᾱ_t)] times (ε - ε_θ), and the term for t becomes
@@ -241,7 +241,7 @@ class NoiseSchedule:
         return signal * x0 + noise * eps
 
     def step_beta(self, t, t_prev=None) -> torch.Tensor:
-        """β of the one noisy step that does what the steps t_prev + 1 .. t do together.
+        """β of the one step that does what the steps t_prev + 1 .. t do (for fewer, in sample.py).
 
         By section 2 that step has α = ᾱ_t / ᾱ_{t_prev}. For t_prev = t - 1, or None, it is β_t.
         Needs 0 <= t_prev < t <= T. Returns float64 of the shape of t.

@@ -19,9 +19,9 @@ below 0.1 within the first hundred steps and then ever more slowly, never to 0: 
 nobody can tell exactly which part of it is noise. Most of the loss is this unavoidable part. What
 is learned late changes only its third and fourth decimal.
 
-Each epoch prints the training loss (the mean over its steps), the held-out loss (averaged weights,
-digits not trained on, the same noise every time) and the blog's. It writes model.pt, the averaged
-weights, epoch-N.pt, the same to keep, and last.pt, all that --resume needs. So does Ctrl-C.
+Each epoch prints the training loss (the mean over its steps), the held-out loss (digits not trained
+on, the same noise every time, and the weights of update_average), and that of the blog (README.md).
+It writes model.pt and a copy to keep, epoch-N.pt; and last.pt for --resume, as Ctrl-C does, too.
 
 Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma et al. 2021, arXiv 2107.00630.
 """
@@ -82,7 +82,7 @@ class Config:
     val_images: int = option(0, "hold out the last N training images, not the test set", 0, 10**6)
 
     # Where to compute it. Not saved: another machine has other folders.
-    data: str = option(str(HERE / "data"), "folder with MNIST/raw, or a folder of images a class")
+    data: str = option(str(HERE / "data"), "folder with MNIST/raw, or one of images for each class")
     out: str = option("", "folder for the model files; if empty, runs/DATASET[-IMAGES]")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
@@ -143,9 +143,9 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
 def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
     """Noise levels for a batch: each uniform on 1..T, together evenly spread.    [compare VDM]
 
-    A batch with more of the small t, where the loss is largest, looks worse than it is. So 1..T is
-    cut into `count` equal strata, with one draw in each, which are dealt to the images at random.
-    The expected gradient is the same, its noise smaller.
+    The loss is largest at small t, where the noise is too faint to be told from the digit. A batch
+    with more of these looks worse than it is. So 1..T is cut into `count` equal strata with a draw
+    in each, dealt to the images at random. The expected gradient is the same, its noise smaller.
     """
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -303,7 +303,7 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
         complete, halt = i + 1 == steps, torch.tensor(int(bool(stop)))
         if world > 1:
             dist.all_reduce(halt)  # if one must stop, all do, after the same step
-        due = complete or halt or step == 0  # to be saved; early, too, lest the disk be full
+        due = complete or halt or step == 0  # to be saved; after step 0 to see if it can be
         if due or i % 20 == 19:  # not always, as reading off a GPU waits for it
             losses = torch.stack(recent).cpu()
             if world > 1:

@@ -27,8 +27,8 @@ Each part answers a need:
     at every other place.
 
 The default network has 324,705 parameters, as many as the plain network of the blog that this book
-follows. Where they stand matters: a weight of a convolution is used 784 times at 28x28 but 49
-times at 7x7. So 7x7 has two blocks a side where the others have one, and most of the weights. The
+follows (README.md). Where they stand matters: a weight of a convolution is used 784 times at 28x28
+but 49 times at 7x7. So 7x7 has two blocks a side, not one, and most of the weights. The
 few at 28x28, 13 % of all, still take 61 % of the arithmetic.
 
 Sources: [UNet] Ronneberger, Fischer and Brox 2015, arXiv 1505.04597, for the shape. [Attention]
@@ -71,8 +71,8 @@ def zero(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     """Set a layer's weights to zero.
 
     A block whose last layer is zero adds nothing, so the network starts as a simple one. A zero
-    weight still learns, since its gradient depends on its input, not on itself. With head and gain
-    at zero too, the untrained network answers 0, and the loss is mean(ε²) = 1.
+    weight still learns, since its gradient depends on its input, not on itself. With the head and
+    the gain (the end of UNet.forward) at zero too, the first answer is 0, the loss mean(ε²) = 1.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -160,8 +160,8 @@ class Attention(nn.Module):
 class Halve(nn.Module):
     """Halve the image, and let each place know where it is.        [Attention section 3.5]
 
-    A convolution does the same at every place: it cannot tell the middle, where strokes are to be
-    expected, from the rim, which stays empty. So the halved image gets an image added that is
+    A convolution does the same at every place. The zeros around the image betray the rim to it, but
+    hardly the middle, where strokes are to be expected. So the halved image gets an image added,
     learned with the weights. `size` is its side; for images of another size it is stretched.
     """
 
