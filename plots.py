@@ -264,8 +264,8 @@ def plot_decided(material: Material) -> Figure:
             ("pixels", BLOG, "s-", "likeness of restarts, by pixel"),
             ("low", THIRD, "^--", "coarse detail present in the prediction"),
             ("high", FAINT, "v--", "fine detail present in the prediction")):
-        ax.plot([*levels], [max(0, row[key]) for row in levels.values()], style, color=color,
-                markersize=5, label=label)
+        shares = [max(0, row[key]) for row in levels.values()]
+        ax.plot([*levels], shares, style, color=color, markersize=5, label=label)
     T = max(levels)
     for start, end, name in ((1, .6, "static"), (.6, .4, "a blob"), (.4, .1, "identity locks in"),
                              (.1, 0, "polish")):
@@ -283,13 +283,13 @@ def plot_noise(material: Material) -> Figure:
     """Eight x_T, four kinds of noise. Spread: variance over seeds. Clear: tests/yardstick.py."""
     found, rows = material.claims["noise"], []
     for label, name in ((r"$\tilde\beta_t$", "ddpm 1000"), (r"$\beta_t$", "ddpm 1000, beta"),
-                        ("none", "ddpm 1000, zero"), ("DDIM", "ddim 50")):
+                        ("none", "ddpm 1000, zero"), ("DDIM,\n50 steps", "ddim 50")):
         row, count = found[name], max(found[name]["classes"])
-        rows.append((label, row["images"], f"spread {row['spread']:.3f}\nclear "
-                     f"{row['confident']:.0%}\nmostly {row['classes'].index(count)}: "
-                     f"{count / row['count']:.0%}"))
+        rows.append((label, row["images"], f"spread {row['spread']:.2g}\nclear "
+                     f"{row['confident']:.0%}\n{count / row['count']:.0%} are "
+                     f"{row['classes'].index(count)}"))
     return picture_rows("Variance of the injected noise (spread of test digits: "
-                        f"{found['test images']['spread']:.3f})", rows)
+                        f"{found['test images']['spread']:.2g})", rows)
 
 
 def plot_copies(material: Material) -> Figure:
@@ -301,13 +301,13 @@ def plot_copies(material: Material) -> Figure:
     left, right = figure.subplots(1, 2)
     tiles(left, from_uint8(torch.cat(pairs)))
     left.set_title("samples (odd rows) above the nearest\nof the training digits (even rows)")
-    bins = [k / 50 for k in range(0, 41)]
+    bins = [k / 50 for k in range(0, 31)]
     for key, color, label in (("test", FAINT, "test digits"), ("samples", OURS, "samples")):
         right.hist(found[key].numpy(), bins, color=color, alpha=0.6,
                    label=f"{len(found[key])} {label}")
         right.axvline(found[key].median(), color=color, linestyle="--")
-    right.set(xlabel="distance to the nearest training digit",
-              title=f"median {found['samples'].median():.3f}, test digits "
+    right.set(xlabel="distance to the nearest training digit", ylabel="number of digits",
+              title=f"median distance of samples {found['samples'].median():.3f}, of test digits "
                     f"{found['test'].median():.3f}")
     right.legend()
     return figure
@@ -335,7 +335,7 @@ def plot_bits(material: Material) -> Figure:
                    label=rf"{label}: {total:.3f} $\pm$ {error:.3f}")
     share = terms[1:51].nansum() / terms.nansum()
     left.set(xscale="log", yscale="log", xlabel="t", ylabel="bits per pixel, term of t",
-             title=f"{share:.0%} of the bits are spent at t up to 50")
+             title=rf"{share:.0%} of the bits are spent at t up to 50 ($\tilde\beta_t$)")
     right.set(xscale="log", xlabel="t", ylabel="sum of the terms 1..t", ylim=(0, None),
               title="Bits per pixel of a test digit, at most")
     right.legend(title=r"variance $\sigma_t^2$", loc="lower right")
@@ -351,7 +351,7 @@ def plot_samplers(material: Material) -> Figure:
         f"Samplers and steps; distance of {size} samples to test digits (that of real digits: "
         f"{found['floor'][size][0]:.1f})", [
             (name, found["images"][name], f"distance {row['distances'][size]:.1f}\n"
-             f"{row['seconds']:.2g} s each") for name, row in chains.items()])
+             f"32 in {row['seconds']:.2g} s") for name, row in chains.items()])
 
 
 FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_loss,

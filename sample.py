@@ -27,7 +27,7 @@ contains x_t, with noise of variance 1-ᾱ_t, times √α_t (1-ᾱ_{t-1}) / (1-�
 of α_t (1-ᾱ_{t-1})² / (1-ᾱ_t), and β̃_t is exactly what is missing. Without it the spread is lost
 step by step. For Gaussian data of mean 0 and variance λ², that of x_t is v_t = ᾱ_t λ² + 1-ᾱ_t, and
 a perfect ε̂ √(1-ᾱ_t) x_t/v_t. As v_t - β_t = α_t v_{t-1}, the mean, not clipped, is x_t times
-√α_t v_{t-1}/v_t. All steps together give √ᾱ_T λ²/v_T, here 0.006 λ²; tests/test_sample.py checks it.
+√α_t v_{t-1}/v_t. All together give √ᾱ_T λ²/v_T, here 0.006 λ²; tests/test_sample.py checks it.
 
 Which σ_t²? The best is β̃_t plus the mean squared error that not knowing x₀ leaves in μ̃_t. If x₀
 is a single known point, that error is 0 and β̃_t is exact. If the data are standard normal noise,
