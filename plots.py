@@ -3,11 +3,9 @@
     python plots.py                       all figures
     python plots.py loss grid             those named; --help lists them
 
-This script draws and never trains. Some figures need no more than a model file with its history.
-Some need 32 digits from seeds 0..31, for which one run of 1,000 steps serves. The others show what
-tests/measure.py and tests/bound.py have measured and left beside the model, to see what is true of
-the blog's sentences. Drawn twice on one machine, a figure is the same byte for byte.
-
+This script draws and never trains. Some figures need a model file with its history, some 32 digits
+from one run of 1,000 steps. The others show what tests/measure.py and tests/bound.py have measured,
+to see what is true of the blog's sentences. Drawn twice on a machine, a figure has the same bytes.
 One grey scale serves all pictures: black is -1, white is +1, values beyond are cut off. A scale
 fitted to each picture would hide how the range changes on the way.
 
@@ -16,8 +14,8 @@ Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [Attention] Vaswani 
 """
 
 import argparse
+import hashlib
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +76,7 @@ def frame_levels(T: int) -> list[int]:
 def show(ax: Axes, image: torch.Tensor) -> None:
     """One image (1, H, W) on the grey scale that all figures share."""
     ax.imshow(image[0].numpy(), vmin=-1, vmax=1)
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
 
@@ -109,7 +106,6 @@ def plot_forward(material: Material) -> Figure:
     digits = from_uint8(real["images"]) if real else material.chain[0][0][:4]
     figure = Figure(figsize=(10, 8.6))
     top, bottom = figure.subfigures(2, 1, height_ratios=[len(digits) * 1.2, 3.6])
-
     ts = [round(T * share) for share in (0, .05, .1, .2, .3, .4, .6, 1)]
     eps = torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))  # for all t
     axes = top.subplots(len(digits), len(ts))
@@ -118,11 +114,10 @@ def plot_forward(material: Material) -> Figure:
             show(ax, xt)
         axes[0, column].set_title(f"t = {t}")
     whose = "images" if real else "generated images"
-    top.suptitle(f"{material.dataset}: {whose} under the forward process of the {kind} schedule",
-                 fontsize=13)
+    top.suptitle(f"{material.dataset}: {whose} under the forward process of the {kind} schedule")
 
     left, right = bottom.subplots(1, 2)
-    for kind, style in (("linear", "-"), ("cosine", "--")):
+    for kind, style in zip(dict.fromkeys(("linear", "cosine", kind)), ("-", "--", ":")):
         other = NoiseSchedule(T, kind, allow_signal=True)
         alpha_bar = other.alpha_bar.numpy()
         left.plot(alpha_bar**0.5, style, color=OURS, label=f"signal, {kind}")
@@ -144,7 +139,6 @@ def plot_embedding(material: Material) -> Figure:
     T = material.checkpoint.schedule.T
     dim = material.checkpoint.model.config["embedding"]
     features = timestep_embedding(torch.arange(1, T + 1), dim)  # (T, dim)
-
     figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     picture = left.imshow(features.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
@@ -155,7 +149,7 @@ def plot_embedding(material: Material) -> Figure:
     left.grid(False)
     figure.colorbar(picture, ax=left)
     for share, color in ((.1, OURS), (.5, BLOG), (.9, THIRD)):
-        t = round(T * share)
+        t = max(1, round(T * share))
         distance = (features - features[t - 1]).norm(dim=1).numpy()
         right.plot(range(1, T + 1), distance, color=color, label=f"to t = {t}")
     right.set(title="Distance between embeddings", xlabel="t", xlim=(0, T), ylim=(0, None))
@@ -169,13 +163,12 @@ def plot_loss(material: Material) -> Figure:
     figure = Figure(figsize=(10, 5))
     ax = figure.subplots()
     held_out = "validation" if config.val_images else "test"
-    blog = BLOG_LOSS if config.dataset == "mnist" else ()
-    # The last column keeps the two numbers of our network apart, whose curves end close together.
+    blog = BLOG_LOSS if config.like_blog else ()
     for values, color, label, lift in (
             (blog, BLOG, "the blog's network, training", 0),
             (history["loss"], OURS, "ours, training", 6),
             (history["held_out"], THIRD, f"ours, averaged weights, {held_out} images", -6)):
-        if len(values) == 0:  # a run that has not finished an epoch, or not MNIST
+        if len(values) == 0:  # a run that has not finished an epoch, or not like the blog's
             continue
         epochs = range(1, len(values) + 1)
         ax.plot(epochs, values, "o-", color=color, markersize=4, label=label)
@@ -183,8 +176,8 @@ def plot_loss(material: Material) -> Figure:
                     textcoords="offset points", va="center")
     seeds = [run["held_out"] for run in material.claims.get("loss", {}).get("runs", [])]
     if len(seeds) > 1:
-        low, high = map(min, zip(*seeds)), map(max, zip(*seeds))
-        ax.fill_between(range(1, len(seeds[0]) + 1), [*low], [*high], color=THIRD, alpha=0.3,
+        low, high = ([f(column) for column in zip(*seeds)] for f in (min, max))
+        ax.fill_between(range(1, len(low) + 1), low, high, color=THIRD, alpha=0.3,
                         label=f"{len(seeds)} seeds")
     if "difficulty" in material.claims:
         line = material.claims["difficulty"]["linear"][1:].mean().item()
@@ -195,7 +188,7 @@ def plot_loss(material: Material) -> Figure:
     ax.minorticks_off()
     last = max(len(blog), len(history["loss"]), 1)
     ax.set(xlabel="epoch", ylabel="mean squared error of the predicted noise",
-           xlim=(0.6, last + 1.2), xticks=range(1, last + 1),
+           xlim=(0.6, last + 1.2), xticks=range(1, last + 1, 1 + last // 20),
            title=f"{material.dataset}: loss by epoch")
     ax.legend()
     return figure
@@ -236,9 +229,10 @@ def plot_difficulty(material: Material) -> Figure:
     figure = Figure(figsize=(10, 4.6))
     left, right = figure.subplots(1, 2)
     curves["best linear denoiser"] = found["linear"]
-    for (name, loss), color in zip(curves.items(), (BLOG, THIRD, OURS, FAINT)):
-        smooth = loss[1:].view(T // 10, -1).mean(dim=1)
-        left.plot(torch.arange(5.5, T, 10), smooth, color=color, label=name)
+    few = torch.arange(1.0, T + 1).split(max(1, T // 100))  # neighbours that share a point
+    for (name, loss), color in zip(curves.items(), (BLOG, THIRD, OURS, FAINT)[-len(curves):]):
+        smooth = [part.mean() for part in loss[1:].split(len(few[0]))]
+        left.plot([ts.mean() for ts in few], smooth, color=color, label=name)
         right.plot(range(1, T + 1), loss[1:].cumsum(0) / loss[1:].sum(), color=color)
     for t in (max(1, T // 100), 95 * T // 100):
         near = last[max(1, t - 5):t + 6].mean()
@@ -301,9 +295,8 @@ def plot_copies(material: Material) -> Figure:
     left, right = figure.subplots(1, 2)
     tiles(left, from_uint8(torch.cat(pairs)))
     left.set_title("samples (odd rows) above the nearest\nof the training digits (even rows)")
-    bins = [k / 50 for k in range(0, 31)]
     for key, color, label in (("test", FAINT, "test digits"), ("samples", OURS, "samples")):
-        right.hist(found[key].numpy(), bins, color=color, alpha=0.6,
+        right.hist(found[key].numpy(), 30, range=(0, 0.6), color=color, alpha=0.6,
                    label=f"{len(found[key])} {label}")
         right.axvline(found[key].median(), color=color, linestyle="--")
     right.set(xlabel="distance to the nearest training digit", ylabel="number of digits",
@@ -328,7 +321,7 @@ def plot_bits(material: Material) -> Figure:
     left, right = figure.subplots(1, 2)
     for name, label, color in (("beta", r"$\beta_t$", BLOG), ("optimal", "optimal", THIRD),
                                ("beta_tilde", r"$\tilde\beta_t$", OURS)):
-        terms = torch.tensor([x or math.nan for x in found[name]["terms"]])  # unknown: not drawn
+        terms = torch.tensor([x or torch.nan for x in found[name]["terms"]])  # unknown: not drawn
         total, error = found[name]["total"]
         left.plot(range(1, T + 1), terms[1:], color=color, linewidth=1.2, label=label)
         right.plot(range(1, T + 1), terms[1:].nan_to_num().cumsum(0), color=color,
@@ -363,14 +356,23 @@ CLAIMS = {"difficulty": plot_difficulty, "decided": plot_decided, "noise": plot_
 
 # ----------------------------------------------------------------------------- gather and save
 
-def measured(folder: Path) -> dict:
-    """What has been measured of the model in a folder, by the name of the figure."""
-    file = folder / "claims.pt"
-    found = torch.load(file, weights_only=True) if file.exists() else {}
-    for name, file in (("bits", folder / "bound.json"), ("loss", folder / "seeds.json")):
-        if file.exists():
-            found[name] = json.loads(file.read_text())
-    return found
+def fingerprint(path: Path) -> str:
+    """The first digits of the SHA-256 of a model file, by which measurements name it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def measured(path: Path) -> dict:
+    """What has been measured of this model file, and of no other, by the name of the figure."""
+    found = {}
+    try:
+        if (file := path.parent / "claims.pt").exists():
+            found |= torch.load(file, weights_only=True)
+        for name, file in (("bits", "bound.json"), ("loss", "seeds.json")):
+            if (path.parent / file).exists():
+                found[name] = json.loads((path.parent / file).read_text())
+    except Exception as error:  # of many kinds, if one of them is damaged
+        raise ValueError(f"what was measured beside {path} cannot be read; repeat it") from error
+    return {name: part for name, part in found.items() if part.get("model") == fingerprint(path)}
 
 
 def gather(checkpoint: Checkpoint, names: list[str], claims: dict, device="cpu") -> Material:
@@ -379,7 +381,7 @@ def gather(checkpoint: Checkpoint, names: list[str], claims: dict, device="cpu")
     needed = {"trajectory", "grid", "animation"} | (set() if "digits" in claims else {"forward"})
     if needed & {*names}:
         model, wanted = checkpoint.model.to(pick_device(device)), shown_levels(T) + frame_levels(T)
-        steps = sample(model, checkpoint.schedule, SEEDS)
+        steps = sample(model, checkpoint.schedule, SEEDS, shape=(1, *2 * [model.config["size"]]))
         for t, xt, x0_hat in tqdm(steps, total=T + 1, unit=" steps", desc="sampling", disable=None):
             if t in wanted:
                 chain[t] = xt.cpu(), x0_hat.cpu()
@@ -391,20 +393,18 @@ def draw(name: str, material: Material, folder: Path) -> Path:
     config, epochs = material.checkpoint.config, len(material.checkpoint.history["loss"])
     about = (f"{material.dataset}, {epochs} epochs, training seed {config.seed}, {config.schedule} "
              f"schedule, T = {config.T}")
+    path = folder / (f"{name}.gif" if name == "animation" else f"{name}.png")
     folder.mkdir(parents=True, exist_ok=True)
     if name == "animation":
         # 16 shades: noise does not compress otherwise. The digits stay for three seconds.
         first, *rest = [draw_grid(material.chain[t][0], scale=2).quantize(16)
                         for t in frame_levels(material.checkpoint.schedule.T)]
-        path = folder / f"{name}.gif"
         first.save(path, save_all=True, append_images=rest, loop=0, comment=about,
                    duration=[80] * len(rest) + [3000])
         return path
-    path = folder / f"{name}.png"
     with rc_context(STYLE):
         (FIGURES | CLAIMS)[name](material).savefig(path, metadata={
-            "Software": None,  # a version number here would change the bytes
-            "Description": about})
+            "Description": about, "Software": None})  # whose version would change the bytes
     return path
 
 
@@ -421,14 +421,14 @@ def main(argv: list[str] | None = None) -> None:
         if unknown:
             raise ValueError(f"unknown figure {unknown[0]!r}; known are {', '.join(known)}")
         pick_device(args.device)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     try:
         # The loss of a run can be looked at while it is still under way.
         path, checkpoint = open_checkpoint(args.checkpoint, finished=args.names != ["loss"])
-        shipped = path.resolve().parent == SHIPPED.parent
-        folder = Path(args.out or (HERE if shipped else path.parent) / "figures")
-        claims = measured(path.parent)
+        home = HERE if path.resolve().parent == SHIPPED.parent else path.parent
+        folder = Path(args.out or home / f"figures-{path.stem}".removesuffix("-model"))
+        claims = measured(path)
         missing = [name for name in args.names or known if name in CLAIMS and name not in claims]
         if missing:
             lack = f"not measured beside {path}: {', '.join(missing)} (see tests/measure.py)"
@@ -438,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
         names = [name for name in args.names or known if name not in missing]
         material = gather(checkpoint, names, claims, args.device)
         for name in names:
-            print(f"wrote {draw(name, material, folder)}", flush=True)
+            print("wrote", draw(name, material, folder), flush=True)
     except KeyboardInterrupt:
         print("\nstopped; figures named above are complete", file=sys.stderr)
         sys.exit(130)

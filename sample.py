@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         for option, ending, file in (("--out", ".png", args.out), ("--gif", ".gif", args.gif)):
             if file and Path(file).suffix.lower() != ending:
                 raise ValueError(f"{option} must be a file that ends in {ending}, not {file}")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     try:
         path, checkpoint = open_checkpoint(args.checkpoint)
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
             if file.is_dir() or not os.access(file.parent, os.W_OK):
                 raise OSError(f"cannot write {file}; name another file")
         chain = sample(model, checkpoint.schedule, args.seeds, args.sampler, args.variance,
-                       args.steps, args.clip, eta=args.eta)
+                       args.steps, args.clip, None, (1, *2 * [model.config["size"]]), args.eta)
         shown = set(levels[::max(1, len(levels) // 50)]) | {0}  # about 50 frames
         frames = []
         for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):

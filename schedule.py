@@ -120,9 +120,9 @@ import math
 
 import torch
 
-# √ᾱ_T is the share of the image that is left at t = T, by default 0.006. Sampling starts from pure
-# noise, so what is left is a mismatch between training and sampling.
-MAX_SIGNAL = 0.02
+# Sampling starts from pure noise, so only a small share √ᾱ_T of the image may be left at t = T.
+MAX_SIGNAL = 0.02  # by default it is 0.006
+KINDS = ("linear", "cosine")  # of the schedule
 
 
 class NoiseSchedule:
@@ -155,7 +155,7 @@ class NoiseSchedule:
             f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(f"unknown schedule {kind!r}; known are 'linear' and 'cosine'")
+            raise ValueError(f"unknown schedule {kind!r}; known are {', '.join(KINDS)}")
         self._fill(betas, allow_signal)
 
     @classmethod
@@ -180,8 +180,8 @@ class NoiseSchedule:
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)  # ᾱ₀ = 1: all signal
 
         signal = math.sqrt(self.alpha_bar[-1])
-        if signal == 0:  # predict_x0 divides by it
-            raise ValueError("alpha_bar_T is too small for float64; use smaller or fewer betas")
+        if signal < 1.2e-38:  # which is 0 in float32, and predict_x0 divides by it
+            raise ValueError("alpha_bar_T is too small; use smaller or fewer betas")
         if signal > MAX_SIGNAL and not allow_signal:
             # For small β, ln ᾱ_T is about -Σβ_t, so this factor on all β brings √ᾱ_T to the bound.
             factor = math.log(MAX_SIGNAL**2) / math.log(self.alpha_bar[-1])
@@ -302,7 +302,7 @@ class NoiseSchedule:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Print a noise schedule.")
     parser.add_argument("--T", type=int, default=1000, help="number of noisy steps (1000)")
-    parser.add_argument("--kind", default="linear", choices=["linear", "cosine"], help="(linear)")
+    parser.add_argument("--kind", default="linear", choices=KINDS, help="(linear)")
     args = parser.parse_args(argv)
     try:
         schedule = NoiseSchedule(args.T, args.kind)

@@ -15,9 +15,8 @@ One step of training is Algorithm 1 of [DDPM]:
     5. move the weights a little along the negative gradient of the mean of (ε - ε_θ)²
 
 The loss starts at 1, the variance of the noise, because an untrained network answers 0. It falls
-below 0.1 within the first hundred steps and then ever more slowly, never to 0: from a noisy image
-nobody can tell exactly which part of it is noise. Most of the loss is this unavoidable part. What
-is learned late changes only its third and fourth decimal.
+below 0.1 within a hundred steps, then ever more slowly, and never to 0: nobody can tell from a
+noisy image exactly what of it is noise. What is learned late changes the third and fourth decimal.
 
 Each epoch prints the training loss (the mean over its steps), the held-out loss (digits not trained
 on, the same noise every time, and the weights of update_average), and that of the blog (README.md).
@@ -45,7 +44,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from schedule import NoiseSchedule
+from schedule import KINDS, NoiseSchedule
 from unet import UNet, pick_device
 
 HERE = Path(__file__).resolve().parent
@@ -76,7 +75,7 @@ class Config:
     ema: float = option(0.999, "decay of the weight average, per step", 0, 0.999999)
     clip: float = option(1.0, "greatest length of the gradient", 1e-9, math.inf)
     T: int = option(1000, "noisy steps", 2, 10**6)
-    schedule: str = option("linear", "noise schedule: linear, cosine", "linear", "cosine")
+    schedule: str = option("linear", f"noise schedule: {', '.join(KINDS)}", *KINDS)
     seed: int = option(0, "seed of weights, order of the images, and all noise", 0, 2**63 - 1)
     images: int = option(0, "train on the first N images only; 0 takes all", 0, 10**9)
     val_images: int = option(0, "hold out the last N training images, not the test set", 0, 10**6)
@@ -96,15 +95,17 @@ class Config:
         NoiseSchedule(self.T, self.schedule)  # raises with advice of its own
         self.out = self.out or str(HERE / f"runs/{self.dataset}-{self.images}".removesuffix("-0"))
 
+    @property
+    def like_blog(self) -> bool:  # Else its losses cannot be compared with the blog's.
+        return all(vars(self)[k] == vars(Config)[k] for k in ("dataset", "images", "T", "schedule"))
+
 
 def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: str = "mnist",
                 download: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of one split, uint8 (N, 1, 28, 28), and their labels, int64 (N,). Raises
     FileNotFoundError if they are not to be had, ValueError if they are damaged.
-
-    data     a folder with MNIST/raw (FashionMNIST/raw, KMNIST/raw), downloaded if missing. For the
-             data set "folder" one in torchvision's ImageFolder layout; every tenth is held out
-    dataset  a name of DATASETS
+    data     a folder with MNIST/raw (FashionMNIST/raw, KMNIST/raw), downloaded if missing
+    dataset  of DATASETS; "folder": data is a torchvision ImageFolder, of which a tenth is held out
     """
     from torchvision import datasets, transforms  # here, because it takes seconds to import
     if dataset == "builtin":  # drawn with the fonts of matplotlib, which is another tale
@@ -113,8 +114,10 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
     if dataset == "folder":
         found = datasets.ImageFolder(data, transforms.Compose(
             [transforms.Grayscale(), transforms.Resize((28, 28)), transforms.PILToTensor()]))
-        split = [found[i] for i in range(len(found)) if (i % 10 < 9) == train]
-        return torch.stack([image for image, _ in split]), torch.tensor([k for _, k in split])
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+        split = [found[i] for k, i in enumerate(order) if (k % 10 > 0) == train]
+        images = [image[None] for image, _ in split] or [torch.zeros(0, 1, 28, 28).byte()]
+        return torch.cat(images), torch.tensor([label for _, label in split])
     kind = getattr(datasets, DATASETS[dataset])
     raw, names = Path(data, kind.__name__, "raw"), [Path(url).stem for url, _ in kind.resources]
     try:
@@ -133,10 +136,8 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
 
 
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Bytes 0..255 to float32 in [-1, 1], the range in which the noise schedule is meant.
-
-    Digits are not flipped or turned to get more of them: a mirrored 2 is not a digit.
-    """
+    """Bytes 0..255 to float32 in [-1, 1], the range in which the noise schedule is meant. Digits
+    are not flipped or turned to get more of them: a mirrored 2 is not a digit."""
     return images.float() / 127.5 - 1
 
 
@@ -164,8 +165,7 @@ def update_average(average: UNet, model: UNet, step: int, decay: float) -> None:
     """Move the averaged weights a little towards the current ones, after step 0, 1, 2, ...
 
     The weights jitter around a good place, and their average is nearer to it. The decay starts at
-    0.1, to forget the random initial weights, and rises to 0.9987 after 7,020 steps.
-    """
+    0.1, to forget the random initial weights, and rises to 0.9987 after 7,020 steps."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, weight in zip(average.parameters(), model.parameters()):
         mean.lerp_(weight, 1 - decay)  # mean = decay * mean + (1 - decay) * weight
@@ -176,8 +176,8 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
              batch_size: int = 128) -> float:
     """Mean squared error of the predicted noise, the same measurement every time. [DDPM Eq. 14]
 
-    Image i of images, uint8 (N, 1, 28, 28), is seen at t = 1 + i mod T with fixed noise. So all t
-    count alike, and two numbers can be compared: a random batch tells more of its t than of ε_θ.
+    Image i of images, uint8 (N, 1, 28, 28), is seen at t = 1 + i mod T with fixed noise, so that
+    two numbers can be compared. All t count alike if N is a multiple of T, else small t more.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -207,19 +207,17 @@ def save(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a model.pt or last.pt: plain tensors and numbers, never code (weights_only). The model
-    is the average, in eval mode; state is all of the file. Raises OSError, or ValueError if the
-    file is damaged, foreign, or of another network.
-    """
+    """Read a model file: plain tensors and numbers, never code (weights_only). The model is the
+    average, in eval mode; state is all of the file. Raises OSError or ValueError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # one line will do if the file is foreign
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
         with torch.device("meta"):  # shapes only: random weights would be overwritten at once
             model = UNet(**state["network"])
         model.load_state_dict(state["average"], assign=True)  # float16 in the files of an epoch
-        config = Config(**state["config"])
-        return Checkpoint(model.eval().float(), NoiseSchedule(config.T, config.schedule), config,
-                          state["history"], state)
+        config, betas = Config(**state["config"]), state["betas"]
+        return Checkpoint(model.eval().float(), NoiseSchedule.from_betas(betas, allow_signal=True),
+                          config, state["history"], state)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise OSError(f"no model file {path} ({error.strerror}); python train.py makes one")
     except Exception as error:  # of many kinds, and few of them ours
@@ -240,7 +238,7 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank == 0 and last.exists() and not resume:  # the others may look after rank 0 has written
         raise ValueError(f"{out} holds a run already: go on by --resume, or name another by --out")
-    state = load_checkpoint(last).state if resume else {"config": {}, "network": {}}
+    state = load_checkpoint(last).state if resume else {"config": {}}
     if resume and "adam" not in state:
         raise ValueError(f"{last} holds no run that could go on, only a model")
     for name, value in state["config"].items():
@@ -253,6 +251,8 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
         digits, held_out = digits[:-config.val_images], digits[-config.val_images:]
     digits, size = digits[:config.images or None], config.batch_size
     steps = len(digits) // size  # in an epoch; an incomplete last batch is dropped
+    if len(state.get("order", digits)) != len(digits):
+        raise ValueError(f"the run in {out} had {len(state['order'])} images, not {len(digits)}")
     if steps == 0 or len(held_out) == 0 or size % world:
         raise ValueError(f"{len(digits)} images are too few for batches of {size}, or none is held "
                          f"out, or a batch cannot be shared equally by {world} processes")
@@ -261,7 +261,7 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
     # from one generator of our own. It lives on the CPU, so every device sees the same noise.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        model = UNet(**state["network"]).to(device)
+        model = UNet(**state.get("network", {"size": digits.shape[-1]})).to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     # Adam's second decay rate (a "beta" too, but not β_t) is 0.99, not the usual 0.999: in a short
     # run the gradients change quickly, and it forgets old ones within about 100 steps.
@@ -298,7 +298,6 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
         adam.param_groups[0]["lr"] = learning_rate(step, total, config)
         adam.step()
         update_average(average, model, step, config.ema)
-
         recent.append(loss.detach())
         complete, halt = i + 1 == steps, torch.tensor(int(bool(stop)))
         if world > 1:
@@ -318,7 +317,7 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
             history["loss"].append(sum(history["step_loss"][-steps:]) / steps)
             history["held_out"].append(error)
             history["seconds"].append(time.perf_counter() - begun)
-            beside = config.dataset == "mnist" and not config.images and epoch < len(BLOG_LOSS)
+            beside = config.like_blog and epoch < len(BLOG_LOSS)
             with bar.external_write_mode():
                 print(f"epoch {epoch + 1:2d}/{config.epochs}   loss {history['loss'][-1]:.4f}   "
                       f"held-out {error:.4f}   {history['seconds'][-1]:4.0f} s"
@@ -326,7 +325,8 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
         if due and rank == 0:  # of several processes, the first one saves
             out.mkdir(parents=True, exist_ok=True)
             what = {k: v for k, v in vars(config).items() if k not in ("data", "out", "device")}
-            result = dict(format=1, config=what, network=model.config, history=history,
+            result = dict(config=what, network=model.config, history=history,
+                          betas=schedule.beta[1:],  # lest changes of schedule.py do harm
                           average={k: v.cpu() for k, v in average.state_dict().items()})
             save(out / "model.pt", result)
             if complete:  # in half the space, to see later how it learned
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = Config(**given)
         pick_device(config.device)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     noted, notice = [], ""
 

@@ -190,7 +190,7 @@ class UNet(nn.Module):
     groups       groups of every GroupNorm
     size         side of the images; others can be given, see Halve
 
-    The defaults make 324,705 parameters. Any other choice works too; a model file remembers it.
+    The defaults make 324,705 parameters. Other choices work too; a model file remembers them.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -201,9 +201,9 @@ class UNet(nn.Module):
         if any(c % groups for c in channels) or channels[-1] % heads:
             raise ValueError(f"channels {tuple(channels)} must be multiples of groups = {groups}, "
                              f"and the last one of heads = {heads}")
-        if len(blocks) != len(channels):
-            raise ValueError(f"channels {tuple(channels)} and blocks {tuple(blocks)} must have one "
-                             "number for each resolution")
+        if len(blocks) != len(channels) or size % 2**(len(channels) - 1) or embedding % 2:
+            raise ValueError("channels and blocks need one number for each resolution, size must "
+                             f"halve {len(channels) - 1} times, embedding must be even")
         # What a model file needs to build this network again.
         self.config = dict(channels=list(channels), blocks=list(blocks), embedding=embedding,
                            time_hidden=time_hidden, time_width=time_width, heads=heads,

@@ -141,10 +141,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
     args = parser.parse_args()
     for name in [] if args.table else [list(CHANGES)[n] for n in args.rows]:
-        if name not in [row["name"] for row in measured()]:
-            out = ROOT / "runs" / "ablations" / re.sub(r"\W+", "-", name)
+        others = [row for row in measured() if row["name"] != name]
+        if [row["epochs"] for row in measured() if row["name"] == name] != [args.epochs]:
+            out = ROOT / "runs" / "ablations" / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{args.epochs}"
             row = run(name, args.data, args.epochs, out)
-            RESULTS.write_text(json.dumps([*measured(), row], indent=1) + "\n")
+            RESULTS.write_text(json.dumps([*others, row], indent=1) + "\n")
     print(table(measured()))
 
 

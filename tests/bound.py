@@ -1,8 +1,8 @@
 """How many bits does the model spend on a pixel of a test digit? The variational bound, measured.
 
-    python tests/bound.py --data DIR                10,000 test images: 17 minutes on one CPU core
-    python tests/bound.py --data DIR --count 500    a first look, in 3 minutes
-    python tests/bound.py --table                   only print what has been measured
+    python tests/bound.py --data DIR                            17 minutes on one CPU core
+    python tests/bound.py --data DIR --count 500 --out FILE     a first look, in 3 minutes
+    python tests/bound.py --table                               only print what has been measured
 
 An image to which a model gives the probability p can be stored in -log2 p bits. The mean of that is
 at most the bound of schedule.py, section 5, a sum of terms that are averaged over q. With d pixels,
@@ -55,12 +55,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sample import open_checkpoint, predict_clean  # noqa: E402
+from plots import fingerprint  # noqa: E402
+from sample import SHIPPED, open_checkpoint, predict_clean  # noqa: E402
 from schedule import NoiseSchedule  # noqa: E402
 from train import load_images  # noqa: E402
 from unet import pick_device  # noqa: E402
 
-RESULTS = ROOT / "pretrained" / "bound.json"
+RESULTS = SHIPPED.parent / "bound.json"
 VARIANCES = ("beta", "beta_tilde", "optimal")
 STARTS = (1, 2, 11, 51, 101, 201, 501)  # the first t of each group of the table
 BITS = 1 / math.log(2)  # in a nat
@@ -258,15 +259,16 @@ def table(found: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the bound on the bits of a test image.")
     parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
-    parser.add_argument("--checkpoint", help="model file (your own run, else the shipped one)")
+    parser.add_argument("--checkpoint", default=str(SHIPPED), help="model file (the shipped one)")
     parser.add_argument("--count", type=int, default=10_000, help="test images (all 10,000)")
     parser.add_argument("--draws", type=int, default=20, help="t per image, the first is 1 (20)")
     parser.add_argument("--fit", type=int, default=2000, help="training images at t = 1 (2000)")
     parser.add_argument("--no-clip", dest="clip", action="store_false", help="do not clip x0_hat")
-    parser.add_argument("--out", default=str(RESULTS), help="file for the numbers (bound.json)")
+    parser.add_argument("--out", help="file for the numbers (bound.json beside the model)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--table", action="store_true", help="print what is in --out, and no more")
     args = parser.parse_args(argv)
+    out = Path(args.out or Path(args.checkpoint).parent / "bound.json")
     if args.count < 2 or args.draws < 2:
         parser.error("an error needs two images at least, and an image two draws")
     if not args.table:
@@ -276,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         known, images = (load_images(args.data, part, config.dataset)[0] for part in (True, False))
         images = images[torch.randperm(len(images), generator=generator)[:args.count]]
         variances, terms = fit(model, schedule, known, args.fit, generator, args.clip)
-        found = {"model": f"{path.parent.name}/{path.name}", "held_out": history["held_out"],
+        found = {"model": fingerprint(path), "held_out": history["held_out"],
                  "count": len(images), "draws_per_image": args.draws, "fit": args.fit,
                  "clip": args.clip}
         found |= measure(model, schedule, images, variances, probabilities(terms.mean(0)),
@@ -284,10 +286,10 @@ def main(argv: list[str] | None = None) -> None:
         found |= {"optimal_variance": rounded(variances[2], 6),
                   "seconds": round(time.perf_counter() - begun), "device": device.type,
                   "threads": torch.get_num_threads(), "torch": torch.__version__}
-        Path(args.out).write_text(json.dumps(found, allow_nan=False) + "\n")
-    found = json.loads(Path(args.out).read_text())
-    print(f"{found['model']}, {found['count']:,} test images at {found['draws_per_image']} t each, "
-          f"{found['seconds']} s\n\n{table(found)}")
+        out.write_text(json.dumps(found, allow_nan=False) + "\n")
+    found = json.loads(out.read_text())
+    print(f"model {found['model']}, {found['count']:,} test images at {found['draws_per_image']} t "
+          f"each, {found['seconds']} s\n\n{table(found)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ Distances are those of yardstick.py. The images of each chain have the seeds 0, 
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -30,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from plots import fingerprint  # noqa: E402
 from sample import SHIPPED, open_checkpoint, sample, to_uint8  # noqa: E402
 from schedule import NoiseSchedule  # noqa: E402
 from train import Checkpoint, from_uint8, load_checkpoint, load_images, save  # noqa: E402
@@ -64,8 +64,7 @@ class Bench:
         self.classifier = load_classifier()
         self.reference = look(self.classifier, self.real)
         # Samples of another model must not be taken for those of this one.
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        self.scratch = scratch / digest
+        self.scratch = scratch / fingerprint(path)
         self.scratch.mkdir(parents=True, exist_ok=True)
 
     def sample(self, name: str, seeds: range) -> torch.Tensor:
@@ -87,7 +86,10 @@ class Bench:
 
     def files_of_epochs(self) -> list[Path]:
         """The model files epoch-N.pt beside the model, in the order of N."""
-        return sorted(self.path.parent.glob("epoch-*.pt"), key=lambda path: int(path.stem[6:]))
+        files = sorted(self.path.parent.glob("epoch-*.pt"), key=lambda path: int(path.stem[6:]))
+        if not files:
+            raise SystemExit(f"no files epoch-N.pt beside {self.path}")
+        return files
 
     def judge(self, images: torch.Tensor) -> dict:
         """The yardstick's numbers, with all images and, for the distance, with fewer."""
@@ -177,7 +179,7 @@ def decided(bench: Bench, seeds: int = 32, repeats: int = 3) -> dict:
     of the final image that is present in the prediction at t, in low and in high frequencies.
     """
     schedule, T = bench.checkpoint.schedule, bench.checkpoint.schedule.T
-    wanted = [round(T * share) for share in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05)]
+    wanted = [max(1, round(T * share)) for share in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05)]
     chain = {t: (xt.cpu(), x0_hat.cpu()) for t, xt, x0_hat in
              sample(bench.model, schedule, list(range(seeds))) if t in [*wanted, 0]}
     final = chain[0][0]
@@ -287,7 +289,11 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    if min(args.count, args.cheap) < SIZES[0]:
+        parser.error(f"distances need at least {SIZES[0]} images")
     path, checkpoint = open_checkpoint(args.checkpoint)
+    if checkpoint.config.dataset != "mnist":
+        parser.error("the classifier and the linear denoiser are of MNIST; this model is not")
     counts = args.count, args.few, args.cheap
     bench = Bench(checkpoint, path, args.data, counts, args.device,
                   Path(args.out or path.parent / "claims.pt"), Path(args.scratch))
@@ -295,8 +301,9 @@ def main(argv: list[str] | None = None) -> None:
         begun = time.perf_counter()
         print(f"-- {name}", flush=True)
         found = PARTS[name](bench)
-        # Another process may have measured another part in the meantime.
+        # Another process may have measured another part in the meantime. Not of another model.
         before = torch.load(bench.out, weights_only=True) if bench.out.exists() else {}
+        before = {k: part for k, part in before.items() if part["model"] == bench.scratch.name}
         save(bench.out, before | {name: found | {"model": bench.scratch.name}})
         print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
 

@@ -25,12 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train as script  # noqa: E402
+from plots import fingerprint  # noqa: E402
+from sample import SHIPPED  # noqa: E402
 
 RESULTS = ROOT / "pretrained" / "seeds.json"
 
 
 def collect(folders: list[Path]) -> list[dict]:
-    """What each finished run says of itself, without the loss of each step."""
+    """What each finished run says of itself, without the loss of each step; and the threads and the
+    version of this process, which are those of the run if it comes from here."""
     runs = []
     for folder in folders:
         config, history = script.load_checkpoint(folder / "model.pt")[2:4]
@@ -43,8 +46,11 @@ def collect(folders: list[Path]) -> list[dict]:
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """All runs by seed; a new one takes the place of an old one."""
-    return sorted({run["seed"]: run for run in [*old, *new]}.values(), key=lambda run: run["seed"])
+    """All runs by seed; a new one takes the place of an old one, if it is not the same once more."""
+    kept = {run["seed"]: run for run in old}
+    kept |= {run["seed"]: run for run in new
+             if run["seconds"] != kept.get(run["seed"], {}).get("seconds")}
+    return sorted(kept.values(), key=lambda run: run["seed"])
 
 
 def start(config: script.Config, below: float, every: int = 10, images: tuple | None = None) -> dict:
@@ -102,6 +108,7 @@ def main() -> None:
     def note(**new):  # read anew each time, as another process may have written meanwhile
         old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
         new["runs"] = merged(old["runs"], new.get("runs", []))
+        new["model"] = fingerprint(SHIPPED)
         RESULTS.write_text(json.dumps(old | new, indent=1) + "\n")
 
     for seed in [] if args.table else args.seeds:

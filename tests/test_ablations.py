@@ -106,8 +106,8 @@ def test_table_has_a_line_for_each_row():
     assert lines[2:] == ["| a | 0.0234 | 15 | 1,234 | 2.5 M |", "| b | diverged |  | 5 | 0.0 M |"]
 
 
+@pytest.mark.skipif(not ablations.RESULTS.exists(), reason="not measured yet")
 def test_readme_shows_what_was_measured():
     """The table in the README is the one made from pretrained/ablations.json."""
-    if ablations.RESULTS.exists():
-        text = (ablations.ROOT / "README.md").read_text(encoding="utf-8")
-        assert table(ablations.measured()) in text
+    text = (ablations.ROOT / "README.md").read_text(encoding="utf-8")
+    assert table(ablations.measured()) in text

@@ -20,6 +20,7 @@ from bound import (BITS, VARIANCES, bound_terms, decoder, divergence, draw_level
 from sample import p_step
 from schedule import NoiseSchedule
 from strategies import FEW, SEED, normal, pictures, schedules, write_mnist
+from test_schedule import closed_bound
 from train import load_checkpoint
 
 DEFAULT = NoiseSchedule()
@@ -54,13 +55,6 @@ def gaussian_bound(schedule, mu: float, lam: float, variance: torch.Tensor) -> f
     same_square = torch.full((1, 1, 1, 1), math.sqrt(mu**2 + lam), dtype=torch.float64)
     terms = bound_terms(schedule, variance, error, first)
     return (prior(schedule, same_square) + terms.sum()).item()
-
-
-def closed_bound(schedule, mu: float, lam: float) -> float:
-    """Entropy of N(mu, lam) plus KL(q(x_T) || N(0, 1)), in nats."""
-    end = schedule.alpha_bar[-1].item()
-    v = end * lam + 1 - end
-    return (math.log(2 * math.pi * math.e * lam) + v + end * mu**2 - 1 - math.log(v)) / 2
 
 
 # -------------------------------------------------------------------------------- the bound closes

@@ -170,6 +170,27 @@ def test_parts_write_what_they_found(bench, monkeypatch, tmp_path, capsys):
     assert claims["noise"]["ddpm 1000"]["spread"] > 0
 
 
+def test_command_adds_to_what_was_measured_of_the_same_model(bench, monkeypatch, tmp_path):
+    """Two parts, measured one after the other, are both in the file; what was measured of another
+    model no longer is. A model of other images than MNIST is refused."""
+    monkeypatch.setattr(script, "load_images", lambda data, part, dataset: builtin_digits(
+        120 if part else 60, seed=0 if part else 1))
+    out = tmp_path / "claims.pt"
+    train.save(out, {"copies": {"model": "another"}, "noise": {"model": bench.scratch.name}})
+    options = ["--checkpoint", str(bench.path), "--device", "cpu", "--out", str(out), "--scratch",
+               str(tmp_path)]
+    for part in ("digits", "difficulty"):
+        script.main([part, *options])
+    found = torch.load(out, weights_only=True)
+    assert set(found) == {"noise", "digits", "difficulty"}
+    assert {part["model"] for part in found.values()} == {bench.scratch.name}
+    checkpoint = train.load_checkpoint(bench.path)
+    checkpoint.config.dataset = "builtin"
+    monkeypatch.setattr(script, "open_checkpoint", lambda name: (bench.path, checkpoint))
+    with pytest.raises(SystemExit):
+        script.main(["digits", *options])
+
+
 def test_command_refuses_unknown_parts(capsys):
     """An unknown part is an error that names the known ones."""
     with pytest.raises(SystemExit):

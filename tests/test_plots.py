@@ -1,5 +1,6 @@
 """Every figure is drawn, from any model file, the same each time, and shows what it says."""
 
+import copy
 import json
 import runpy
 import shutil
@@ -11,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import plots as script
-from plots import CLAIMS, FIGURES, draw, frame_levels, gather, measured
+from plots import CLAIMS, FIGURES, draw, fingerprint, frame_levels, gather, measured
 from sample import to_uint8
 from strategies import normal, pictures
 from train import BLOG_LOSS, from_uint8, load_checkpoint
@@ -100,17 +101,18 @@ def test_figures_of_claims_state_what_was_measured(material):
         "Nine of ten restarts keep the numeral from t = 6 on"]
     assert (script.plot_decided(material).axes[0].lines[3].get_ydata() == 0).all()  # not below
     assert notes(script.plot_noise(material)) == [
-        "spread 0.250\nclear 75%\nmostly 3: 40%"] * 4
-    assert "0.300" in script.plot_noise(material).get_suptitle()
-    assert titles(script.plot_copies(material))[1] == "median 0.250, test digits 0.500"
+        "spread 0.25\nclear 75%\n40% are 3"] * 4
+    assert "digits: 0.3)" in script.plot_noise(material).get_suptitle()
+    assert titles(script.plot_copies(material))[1] == (
+        "median distance of samples 0.250, of test digits 0.500")
     held_out = material.checkpoint.history["held_out"][0]
     assert notes(script.plot_epochs(material)) == [f"held-out loss\n{held_out:.4f}"]
     bits = script.plot_bits(material)
-    assert titles(bits)[0] == "100% of the bits are spent at t up to 50"  # there are no others
+    assert titles(bits)[0].startswith("100% of the bits are spent at t up to 50")  # all there are
     assert bits.axes[1].lines[0].get_ydata()[-1] == pytest.approx(0.5 + 18 * 0.025)
     assert "1.000 $\\pm$ 0.010" in bits.axes[1].get_legend().get_texts()[0].get_text()
     samplers = script.plot_samplers(material)
-    assert notes(samplers) == ["distance 4.5\n0.5 s each"]  # of 2,000, the most that all have
+    assert notes(samplers) == ["distance 4.5\n32 in 0.5 s"]  # of 2,000, the most that all have
     assert "2000 samples" in samplers.get_suptitle() and "1.0)" in samplers.get_suptitle()
 
 
@@ -151,10 +153,17 @@ def test_trajectory_shows_noisy_images_above_predictions(material):
         assert figure.axes[i].get_title() == f"t = {t}"
 
 
+def like_the_blogs(material):
+    """The same, as if trained with the noise levels of the blog."""
+    other = copy.deepcopy(material)
+    other.checkpoint.config.T, other.checkpoint.config.schedule = 1000, "linear"
+    return other
+
+
 def test_loss_shows_history_and_the_blogs_numbers(material):
     """The blog's fifteen numbers, our training and held-out loss, the best linear denoiser, and the
     least and the greatest held-out loss of several seeds."""
-    ax = script.plot_loss(material).axes[0]
+    ax = script.plot_loss(like_the_blogs(material)).axes[0]
     linear = ax.lines[-1]
     assert linear.get_ydata()[0] == pytest.approx(2 * FALLING[1:].mean().item())
     drawn = [line.get_ydata() for line in ax.lines[:-1]]
@@ -184,14 +193,32 @@ def test_loss_of_a_run_under_way(tiny_run, tmp_path, monkeypatch, capsys):
     assert "not finished" in err and str(script.SHIPPED) in out
 
 
-def test_blog_is_shown_beside_mnist_alone(material):
-    """A model of other images is drawn without the blog's numbers, and the figure says which."""
-    import copy
-    other = copy.deepcopy(material)
-    other.checkpoint.config.dataset = "builtin"
+@pytest.mark.parametrize("name, value", [("dataset", "builtin"), ("T", 500), ("images", 100),
+                                         ("schedule", "cosine")])
+def test_blog_is_shown_only_beside_what_can_be_compared(material, name, value):
+    """A model of other images or noise levels is drawn without the blog's numbers, and says of
+    which images it is."""
+    other = like_the_blogs(material)
+    setattr(other.checkpoint.config, name, value)
     other.claims.clear()
     figure = script.plot_loss(other)
-    assert len(figure.axes[0].lines) == 2 and "built-in digits" in figure.axes[0].get_title()
+    assert len(figure.axes[0].lines) == 2 and other.dataset in figure.axes[0].get_title()
+
+
+@pytest.mark.parametrize("T, epochs", [(7, [1]), (251, [1, 2]), (1235, [1, 2, 3, 4])])
+def test_difficulty_is_drawn_for_any_T_and_number_of_epochs(material, T, epochs):
+    """The last epoch is blue and the linear denoiser grey, however many there are; each point is the
+    mean of its neighbours, so the mean of all points is that of the losses, up to the last few."""
+    other, loss = copy.deepcopy(material), 1 / torch.arange(T + 1).clamp(min=1).double()
+    other.checkpoint.schedule.T = T
+    other.claims["difficulty"] = {"linear": 2 * loss, "epochs": {k: loss * k for k in epochs}}
+    left = script.plot_difficulty(other).axes[0]
+    drawn = {line.get_label(): line for line in left.lines if line.get_label()[0] != "_"}
+    assert drawn["best linear denoiser"].get_color() == script.FAINT
+    last = drawn[f"after epoch {epochs[-1]}"]
+    assert last.get_color() == script.OURS and 0 < last.get_xdata()[0] < last.get_xdata()[-1] <= T
+    size = max(1, T // 100)
+    assert last.get_ydata()[0] == pytest.approx(epochs[-1] * loss[1:size + 1].mean().item())
 
 
 def test_forward_process_says_whose_digits_it_shows(material):
@@ -208,14 +235,20 @@ def test_forward_process_says_whose_digits_it_shows(material):
         assert torch.equal(torch.from_numpy(shown), expected[0, 0])
 
 
-def test_what_was_measured_is_read_from_beside_the_model(tmp_path):
-    """claims.pt, bound.json and seeds.json; what is missing is left out."""
-    assert measured(tmp_path) == {}
-    torch.save({"decided": {"levels": {3: 1.5}}}, tmp_path / "claims.pt")
-    (tmp_path / "bound.json").write_text(json.dumps({"beta": 1}))
-    (tmp_path / "seeds.json").write_text(json.dumps({"runs": []}))
-    assert measured(tmp_path) == {"decided": {"levels": {3: 1.5}}, "bits": {"beta": 1},
-                                  "loss": {"runs": []}}
+def test_what_was_measured_of_the_model_is_read_from_beside_it(tmp_path):
+    """claims.pt, bound.json and seeds.json. What is missing, or of another model, is left out."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"a model")
+    assert measured(path) == {}
+    mark = {"model": fingerprint(path)}
+    torch.save({"decided": {"levels": {3: 1.5}} | mark, "noise": {"model": "another"}},
+               tmp_path / "claims.pt")
+    (tmp_path / "bound.json").write_text(json.dumps({"beta": 1} | mark))
+    (tmp_path / "seeds.json").write_text(json.dumps({"runs": []} | mark))
+    assert measured(path) == {"decided": {"levels": {3: 1.5}} | mark, "bits": {"beta": 1} | mark,
+                              "loss": {"runs": []} | mark}
+    path.write_bytes(b"trained anew")
+    assert measured(path) == {}
 
 
 def test_figures_without_measurements_are_left_out(tiny_run, tmp_path, capsys):
@@ -235,6 +268,33 @@ def test_command_draws_what_is_named(tiny_run, tmp_path, capsys):
     assert [path.name for path in (run / "figures").iterdir()] == ["loss.png"]
     assert str(run / "figures" / "loss.png") in capsys.readouterr().out
     assert imread(run / "figures" / "loss.png").std() > 0
+
+
+def test_figures_of_an_epoch_leave_those_of_the_model_alone(tiny_run, tmp_path, capsys):
+    """They go to a folder of their own, and what was measured of the model is not taken for theirs.
+    """
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    torch.save({"epochs": MEASURED["epochs"] | {"model": fingerprint(run / "model.pt")}},
+               run / "claims.pt")
+    script.main(["epochs", "--checkpoint", str(run / "model.pt")])
+    script.main(["loss", "--checkpoint", str(run / "epoch-1.pt")])
+    assert {path.relative_to(run).as_posix() for path in run.rglob("*.png")} == {
+        "figures/epochs.png", "figures-epoch-1/loss.png"}
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["epochs", "--checkpoint", str(run / "epoch-1.pt")])
+    assert "not measured" in exit_.value.code
+
+
+def test_damaged_measurements_are_named_in_one_line(tiny_run, tmp_path, capsys):
+    """A foreign claims.pt ends in one line, not in a traceback."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    for content in (b"no measurements", b"", b"PK\x03\x04"):
+        (run / "claims.pt").write_bytes(content)
+        with pytest.raises(SystemExit) as exit_:
+            script.main(["loss", "--checkpoint", str(run / "model.pt")])
+        assert exit_.value.code.startswith("plots.py: ") and "\n" not in exit_.value.code
 
 
 def test_interrupt_says_what_is_complete(tiny_run, tmp_path, monkeypatch, capsys):

@@ -26,10 +26,11 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import sample as script
+import train
 from sample import (SAMPLERS, VARIANCES, ddim_step, dpm_step, p_step, parse_seeds, sample,
                     timesteps, to_uint8)
 from schedule import NoiseSchedule
-from strategies import FEW, SEED, normal, schedules, schedules_and_t
+from strategies import FEW, SEED, normal, pictures, schedules, schedules_and_t
 
 
 LINEAR = NoiseSchedule()
@@ -907,6 +908,15 @@ def test_command_writes_a_picture(tiny_run, tmp_path, capsys):
     image = to_uint8(last(sample(checkpoint.model, checkpoint.schedule, [0])))[0, 0].float()
     tile = torch.from_numpy(picture[4:4 + 112:4, 4:4 + 112:4].copy()).float() * 255
     assert (tile - image).abs().max() <= 1.01
+
+
+def test_command_draws_images_of_the_size_that_was_learned(tmp_path):
+    """A model of 8x8 pictures gives 8x8 pictures, in tiles of 9 pixels."""
+    from matplotlib.image import imread
+    train.train(train.Config(epochs=1, batch_size=8, T=20, schedule="cosine", out=str(tmp_path),
+                             device="cpu"), images=(pictures(8, size=8), pictures(8, size=8)))
+    script.main(["--checkpoint", str(tmp_path / "model.pt"), "--seeds", "0-8", "--device", "cpu"])
+    assert imread(tmp_path / "samples.png").shape[:2] == (4 * (2 * 9 + 1), 4 * (8 * 9 + 1))
 
 
 def test_command_writes_an_animation(tiny_run, tmp_path, capsys):

@@ -24,9 +24,12 @@ def test_histories_are_those_of_the_runs(tiny_run, tmp_path):
 
 
 def test_runs_of_other_seeds_are_kept():
-    """The new run of a seed takes the place of the old one, and no other's."""
-    old, new = [{"seed": 2, "loss": [1]}, {"seed": 0, "loss": [2]}], [{"seed": 0, "loss": [3]}]
-    assert seeds.merged(old, new) == [{"seed": 0, "loss": [3]}, {"seed": 2, "loss": [1]}]
+    """The new run of a seed takes the place of the old one, and no other's. A run that is read once
+    more, perhaps by a process with another number of threads, changes nothing."""
+    old = [{"seed": 2, "seconds": [1], "threads": 2}, {"seed": 0, "seconds": [2], "threads": 2}]
+    new = [{"seed": 0, "seconds": [3], "threads": 1}]
+    assert seeds.merged(old, new) == [*new, old[0]]
+    assert seeds.merged(old, [{"seed": 0, "seconds": [2], "threads": 1}]) == old[::-1]
 
 
 def test_start_looks_until_the_loss_is_below(tmp_path):

@@ -273,7 +273,7 @@ def test_steps_are_those_of_the_algorithm(tmp_path):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = script.UNet()
+        model = script.UNet(size=8)
     average = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     model.double()
     f = [math.cos((k / 50 + 0.008) / 1.008 * math.pi / 2)**2 for k in range(51)]
@@ -409,6 +409,18 @@ def test_existing_run_is_not_overwritten(tmp_path, tiny_run):
         script.train(small(tmp_path), resume=True, images=IMAGES)
 
 
+def test_resuming_with_other_images_is_refused(tmp_path):
+    """A run stopped in the middle of an epoch has its order of the images; another number of them
+    would not fit it. Nothing is written."""
+    stop = [True]
+    script.train(small(tmp_path), images=IMAGES, stop=stop)  # after one step
+    before = [(tmp_path / name).read_bytes() for name in ("model.pt", "last.pt")]
+    for images in (pictures(16, size=8), pictures(64, size=8)):
+        with pytest.raises(ValueError, match=f"had 32 images, not {len(images)}"):
+            script.train(small(tmp_path), resume=True, images=(images, IMAGES[1]))
+    assert before == [(tmp_path / name).read_bytes() for name in ("model.pt", "last.pt")]
+
+
 def test_diverged_run_keeps_the_last_good_files(tmp_path, monkeypatch):
     """A loss that is not finite stops the run, names epoch and step, and saves nothing."""
     script.train(small(tmp_path, epochs=1), images=IMAGES)
@@ -436,6 +448,26 @@ def test_model_file_holds_the_averaged_weights(tiny_run):
     assert len(checkpoint.history["loss"]) == 1 and len(checkpoint.history["step_loss"]) == 2
     again = load_checkpoint(tiny_run / "last.pt")
     assert torch.equal(again.model.stem.weight, checkpoint.model.stem.weight)
+
+
+def test_model_file_holds_its_schedule(tmp_path, monkeypatch):
+    """A model trained with some betas is sampled with them, also after the defaults of schedule.py
+    were changed."""
+    script.train(small(tmp_path, epochs=1), images=IMAGES)
+    before = load_checkpoint(tmp_path / "model.pt").schedule
+    changed = (1000, "linear", 1e-4, 0.03, False)
+    monkeypatch.setattr(script.NoiseSchedule.__init__, "__defaults__", changed)
+    assert script.NoiseSchedule().beta[-1] == 0.03
+    after = load_checkpoint(tmp_path / "model.pt").schedule
+    assert torch.equal(after.beta, before.beta) and after.beta[-1] == 0.02
+
+
+def test_network_is_made_for_the_size_of_the_images(tmp_path):
+    """Trained on 8x8 pictures, the network has learned images of 4x4 and 2x2, and its file says so."""
+    script.train(small(tmp_path, epochs=1), images=IMAGES)
+    model = load_checkpoint(tmp_path / "model.pt").model
+    assert model.config["size"] == 8
+    assert [halve.place.shape[-1] for halve in model.down] == [4, 2]
 
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

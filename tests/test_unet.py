@@ -1,6 +1,7 @@
 """The laws of the network: its size, its wiring, and what it must not depend on."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -313,11 +314,13 @@ def test_embedding_equals_its_formula(t, dim):
     (lambda: UNet(channels=(20, 32, 64)), "multiples of groups"),
     (lambda: UNet(channels=(24, 32, 60), groups=4, heads=8), "multiples of groups"),
     (lambda: UNet(channels=(8, 16)), "one number for each resolution"),
-    (lambda: UNet(embedding=5)(torch.zeros(1, 1, 4, 4), torch.tensor([1])), "even dimension"),
+    (lambda: UNet(embedding=5), "embedding must be even"),
+    (lambda: UNet(channels=(8, 8, 8, 8), blocks=(1, 1, 1, 1)), "size must halve 3 times"),
+    (lambda: timestep_embedding(torch.tensor([1]), 5), "even dimension"),
+    (lambda: timestep_embedding(torch.tensor([1]), 2), "even dimension"),
 ])
 def test_sizes_that_do_not_fit_are_refused(call, message):
     """A wrong shape is a ValueError that names the right one, not a crash in a deep layer."""
-    import re
     with torch.random.fork_rng(devices=[]), pytest.raises(ValueError, match=re.escape(message)):
         call()
 

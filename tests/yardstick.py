@@ -1,11 +1,11 @@
 """How good are the samples? A yardstick for MNIST: how close they are to real digits, in numbers.
 
-    python tests/yardstick.py --data DIR                 500 samples of the shipped model
+    python tests/yardstick.py --data DIR                 500 samples of your model, or the shipped
     python tests/yardstick.py --data DIR --train         first train the classifier anew
 
-A small classifier, trained on the 60,000 training images, looks at four sets of N images: training
-images (the floor: real digits, but not those compared with), samples, the same samples with their
-pixels shuffled, and noise (the ceiling). All sets are compared with the 10,000 test images.
+A small classifier, trained on the 60,000 training images, looks at five sets of N images: training
+images (the floor: real digits, but not those compared with), test images, samples, the same samples
+with their pixels shuffled, and noise (the ceiling). All are compared with the 10,000 test images.
 
 distance    the Fréchet distance between two normal distributions, those with the means and
             covariances of the classifier's 64 features on the two sets. It sees quality and variety.
