@@ -3,9 +3,9 @@
     python plots.py                       all figures
     python plots.py loss grid             those named; --help lists them
 
-This script draws and never trains. Some figures need a model file with its history, some 32 digits
-from one run of 1,000 steps. The others show what tests/measure.py and tests/bound.py have measured,
-to see what is true of the blog's sentences. Drawn twice on a machine, a figure has the same bytes.
+This script draws and never trains. Some figures need only a model file with its history, others 32
+digits sampled in 1,000 steps. The rest show what tests/measure.py and tests/bound.py have measured
+to check the blog's claims. Drawn twice on one machine, a figure has the same bytes.
 One grey scale serves all pictures: black is -1, white is +1, values beyond are cut off. A scale
 fitted to each picture would hide how the range changes on the way.
 
@@ -69,7 +69,7 @@ def shown_levels(T: int) -> list[int]:
 
 
 def frame_levels(T: int) -> list[int]:
-    """The noise levels of the animation, 48 to 0 squared, in units of T/48²: slower at the end."""
+    """The noise levels of the animation, T (k/48)² for k = 48, 47, ..., 0: slower at the end."""
     return [*dict.fromkeys(round(T * (k / 48)**2) for k in range(48, -1, -1))]
 
 
@@ -274,7 +274,7 @@ def plot_decided(material: Material) -> Figure:
 
 
 def plot_noise(material: Material) -> Figure:
-    """Eight x_T, four kinds of noise. Spread: variance over seeds. Clear: tests/yardstick.py."""
+    """The same eight x_T with four choices of the fresh noise, as measured by tests/measure.py."""
     found, rows = material.claims["noise"], []
     for label, name in ((r"$\tilde\beta_t$", "ddpm 1000"), (r"$\beta_t$", "ddpm 1000, beta"),
                         ("none", "ddpm 1000, zero"), ("DDIM,\n50 steps", "ddim 50")):
@@ -282,7 +282,7 @@ def plot_noise(material: Material) -> Figure:
         rows.append((label, row["images"], f"spread {row['spread']:.2g}\nclear "
                      f"{row['confident']:.0%}\n{count / row['count']:.0%} are "
                      f"{row['classes'].index(count)}"))
-    return picture_rows("Variance of the injected noise (spread of test digits: "
+    return picture_rows("Variance of the fresh noise (spread of test digits: "
                         f"{found['test images']['spread']:.2g})", rows)
 
 
@@ -370,7 +370,7 @@ def measured(path: Path) -> dict:
         for name, file in (("bits", "bound.json"), ("loss", "seeds.json")):
             if (path.parent / file).exists():
                 found[name] = json.loads((path.parent / file).read_text())
-    except Exception as error:  # of many kinds, if one of them is damaged
+    except Exception as error:  # of many kinds, if a file is damaged
         raise ValueError(f"what was measured beside {path} cannot be read; repeat it") from error
     return {name: part for name, part in found.items() if part.get("model") == fingerprint(path)}
 

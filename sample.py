@@ -5,8 +5,8 @@
     python sample.py --sampler dpm++                 in 20 steps instead of 1,000
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
 
-Start from pure noise x_T and take T steps. Without the clipping of which more below, each is a step
-of Algorithm 2 of [DDPM]:
+Start from pure noise x_T and take T steps. Apart from clipping, explained below, each is a step of
+Algorithm 2 of [DDPM]:
 
     1. the network guesses the noise in x_t:             ε̂ = ε_θ(x_t, t)
     2. which implies a guess at the clean image:         x̂₀ = (x_t - √(1-ᾱ_t) ε̂) / √ᾱ_t
@@ -24,16 +24,16 @@ slightly clearer image. Longer steps are less like the Gaussians of line 4, whic
 Why add noise in line 4? Because x_{t-1} must be as noisy as the images that the network saw at t-1
 in training: given x₀, its noise must have variance 1-ᾱ_{t-1}. The mean μ̃_t alone has less. It
 contains x_t, with noise of variance 1-ᾱ_t, times √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t). That leaves a variance
-of α_t (1-ᾱ_{t-1})² / (1-ᾱ_t), and β̃_t is exactly what is missing. Without it the spread is lost
-step by step. For Gaussian data of mean 0 and variance λ², that of x_t is v_t = ᾱ_t λ² + 1-ᾱ_t, and
-a perfect ε̂ √(1-ᾱ_t) x_t/v_t. As v_t - β_t = α_t v_{t-1}, the mean, not clipped, is x_t times
-√α_t v_{t-1}/v_t. All together give √ᾱ_T λ²/v_T, here 0.006 λ²; tests/test_sample.py checks it.
+of α_t (1-ᾱ_{t-1})² / (1-ᾱ_t), and β̃_t is exactly what is missing. Without it the spread is lost.
+Say the data are Gaussian of mean 0 and variance λ². Then x_t has variance v_t = ᾱ_t λ² + 1-ᾱ_t, and
+a perfect ε̂ is √(1-ᾱ_t) x_t/v_t. As v_t - β_t = α_t v_{t-1}, the mean, if not clipped, is x_t times
+√α_t v_{t-1}/v_t. In T steps these factors multiply to √ᾱ_T λ²/v_T, here 0.006 λ²: x₀ is nearly 0.
 
 Which σ_t²? The best is β̃_t plus the mean squared error that not knowing x₀ leaves in μ̃_t. If x₀
 is a single known point, that error is 0 and β̃_t is exact. If the data are standard normal noise,
 β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have a variance of at most 1, so even a linear
-guess at x₀ errs no more than there, and the best lies between. It matters at small t: β_t exceeds
-β̃_t by 17 % at t = 10, by 2 % at t = 100. The last step adds no noise, which would stay on x₀.
+guess at x₀ errs no more than for noise, and the best σ_t² lies between. The choice matters at small
+t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100. Noise in the last step would stay on x₀.
 
 Why clip x̂₀ to [-1, 1]? Pixels cannot lie outside. At t = T a mistake of 0.01 in ε̂ moves x̂₀ by
 1.6. One step goes only a little way towards x̂₀, but mistakes of the same sign in many steps add
@@ -43,13 +43,13 @@ FEWER STEPS. DDIM goes from t to any s < t by noising x̂₀ anew, with the nois
 
         x_s = √ᾱ_s x̂₀ + √(1-ᾱ_s) ε̂                                                [DDIM Eq. 12]
 
-Then x₀ is a function of x_T, and ever shorter steps approach a curve. With r = √ᾱ/√(1-ᾱ), the
-signal for a unit of noise, x_t/√(1-ᾱ_t) is r_t x̂₀ + ε̂: the step adds (r_s - r_t) x̂₀. It ends on
-that curve if x̂₀ stays the same on the way. DPM-Solver++ takes steps of equal length in log r and
-lets x̂₀ go on as it did in the step before: for Gaussian data, 10 are worth 50 of DDIM's.
+Then x₀ is a function of x_T, and ever shorter steps approach a curve. Let r = √ᾱ/√(1-ᾱ) be signal
+over noise, and u = log r. As x_t/√(1-ᾱ_t) = r_t x̂₀ + ε̂, a step adds (r_s - r_t) x̂₀. It ends
+on the curve if x̂₀ stays the same on the way. DPM-Solver++ lets x̂₀ go on changing as in the step
+before, in steps of equal length in u: for Gaussian data, 10 of them are worth 50 of DDIM's.
 
 ONE SEED, ONE DIGIT. Each image takes all its noise from a generator of its own, on the CPU. So seed
-7 gives the same image, up to rounding, alone or among others, on any device. It need not be a 7.
+7 gives the same image, up to rounding, alone or among others, on any device.
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv
 2102.09672. [DDIM] Song, Meng and Ermon 2021, arXiv 2010.02502. [DPM-Solver++] Lu et al. 2022, arXiv
@@ -75,7 +75,7 @@ from train import DATASETS, HERE, Checkpoint, load_checkpoint
 from unet import pick_device
 
 VARIANCES = ("beta_tilde", "beta", "zero")
-SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm++": 20}  # with their steps, if T is not less
+SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm++": 20}  # and their steps, or T if that is less
 SHIPPED = HERE / "pretrained" / "model.pt"
 
 
@@ -137,7 +137,7 @@ def dpm_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.Te
 
     before  t and x0_hat of the step before; None in the first step, which is one of DDIM
     """
-    if before is not None and t_prev > 0:  # the last step takes the network at its word
+    if before is not None and t_prev > 0:  # the last step takes x̂₀ as it is
         u, u_next, u_before = (0.5 * schedule.snr(s).log().item() for s in (t, t_prev, before[0]))
         # A straight line through both predictions, read off in the middle of the step to come.
         x0_hat = x0_hat + (u_next - u) / (2 * (u - u_before)) * (x0_hat - before[1])
@@ -149,7 +149,7 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
     """The noise levels that a chain visits, from T (that of the schedule, if None) down to 0.
 
     These are steps + 1 evenly spaced integers; None stands for the number in SAMPLERS, at most T.
-    For dpm++, T, ..., 1 are the integers nearest to evenly spaced u (see above), each once. Raises
+    For dpm++, T, ..., 1 are the integers nearest to evenly spaced u = log r, each once. Raises
     ValueError unless 1 <= steps <= T.
     """
     T = T or schedule.T
@@ -177,8 +177,8 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     sampler   "ddpm", the ancestral sampler; for fewer steps "ddim", with eta as in ddim_step, and
               "dpm++"
     variance  as in p_step, for ddpm
-    steps     1..T; None takes all T with ddpm, 50 with ddim, 20 with dpm++. Fewer are longer: to
-              ddpm, the steps from s + 1 to t are one with α = ᾱ_t / ᾱ_s   [IDDPM section 4]
+    steps     1..T; None takes all T with ddpm, 50 with ddim, 20 with dpm++. With fewer, ddpm takes
+              the steps from s + 1 to t as one, with α = ᾱ_t / ᾱ_s         [IDDPM section 4]
     clip      clip x̂₀ to [-1, 1] in every step
     start     (t, xt) begins with these images at noise level t instead of with pure noise, and
               takes as many steps as said above, but at most t
@@ -227,9 +227,9 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 # --------------------------------------------------------------------------- the command line
 
 def open_checkpoint(name: str | None, finished: bool = True) -> tuple[Path, Checkpoint]:
-    """Load a model file and print which: the one named, else your own run in runs/mnist, if there
-    is one and, unless finished is False, it is finished; else the one that is shipped. Raises
-    OSError or ValueError, in one line.
+    """Load a model file and print which: the one named, else that of your own run in runs/mnist,
+    else the one that is shipped. A run that is not finished is passed over, unless finished is
+    False. Raises OSError or ValueError, in one line.
     """
     path = Path(name or HERE / "runs" / "mnist" / "model.pt")
     if name is None and not path.exists():
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         path, checkpoint = open_checkpoint(args.checkpoint)
         model = checkpoint.model.to(device)
         levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
-        # Pictures of a run belong beside it, those of the shipped model not among shipped files.
+        # Pictures go beside the model; those of the shipped one must not lie among shipped files.
         shipped = path.resolve().parent == SHIPPED.parent
         folder = HERE / "runs" / "pretrained" if shipped else path.parent
         files = [Path(file) for file in (args.out or folder / "samples.png", args.gif) if file]

@@ -37,15 +37,15 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
    The bracket is a sum of two independent Gaussians, hence Gaussian, and variances add:
    α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So it is √(1-ᾱ_t) times a standard normal,
-   again called ε. At the end ᾱ_T is nearly 0, x_T pure noise. Turned around, the formula reads
+   again called ε. At the end ᾱ_T is nearly 0 and x_T nearly noise. Turned around, it reads
 
         x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t          ε = (x_t - √ᾱ_t x₀) / √(1-ᾱ_t)
 
 3. One step back, if x₀ were known                                     [DDPM Eq. 6] [DDPM Eq. 7]
 
-   To sample we need q(x_{t-1} | x_t). By Bayes' rule it contains q(x_{t-1}), a mean over the law
-   of all digits, unknown. Given x₀ it can be computed: a Gaussian of mean μ̃_t, variance β̃_t, say.
-   By Bayes' rule, q(x_{t-1} | x_t, x₀) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x₀), because
+   To sample we need q(x_{t-1} | x_t). By Bayes' rule it contains q(x_{t-1}), which depends on the
+   unknown law of all digits. But q(x_{t-1} | x_t, x₀) can be computed. Call its mean μ̃_t and its
+   variance β̃_t. By Bayes' rule it is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x₀), because
    x_t depends on x₀ only through x_{t-1}. As functions of y = x_{t-1} these two Gaussians multiply,
    for t ≥ 2 and up to a factor without y, to exp(-S/2) with
 
@@ -76,11 +76,11 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
 5. What to train: from the likelihood to a plain mean squared error
 
-   Training should make p_θ(x₀) large for real digits. The model runs backwards from noise: it has
-   p(x_T) = N(0, 1) and p_θ(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t²), σ_t² chosen. If β_t is small,
-   a Gaussian will do: q(x_t|x_{t-1}) q(x_{t-1}) is then shaped by its first, narrow factor. So
-   p_θ(x₀, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1}|x_t), and p_θ(x₀) is its integral over x₁, ..., x_T,
-   the mean of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀) over x₁, ..., x_T drawn by q from x₀. By
+   Training should make p_θ(x₀) large for real digits. The model runs backwards from noise, with
+   p(x_T) = N(0, 1) and p_θ(x_{t-1}|x_t) = N(μ_θ(x_t, t), σ_t²), where σ_t² is chosen. A Gaussian
+   will do if β_t is small: q(x_t|x_{t-1}) is narrow and gives q(x_{t-1}|x_t) its shape. Together,
+   p_θ(x₀, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1}|x_t). Integrated over x₁, ..., x_T it is p_θ(x₀),
+   the mean of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀) if q draws x₁, ..., x_T, given x₀. By
    Jensen's inequality -log of a mean is at most the mean of -log,                  [DDPM Eq. 3]
 
       -log p_θ(x₀) ≤ E_q[ -log p(x_T) - Σ_{t≥1} log p_θ(x_{t-1}|x_t) + Σ_{t≥1} log q(x_t|x_{t-1}) ]
@@ -94,15 +94,15 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
       + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   the learned steps against the exact
       - log p_θ(x₀|x₁)                                    the last step
 
-   where each term is averaged over q [DDPM Eq. 5]. A -log p_θ is (x_{t-1} - μ_θ)²/2σ_t² plus a
-   constant, and under the exact step the square has the mean β̃_t + (μ̃_t - μ_θ)². So the KL is
+   where each term is averaged over q [DDPM Eq. 5]. As -log p_θ is (x_{t-1} - μ_θ)²/2σ_t² plus a
+   constant, and the square has the mean β̃_t + (μ̃_t - μ_θ)² under the exact step, the KL is
    ‖μ̃_t - μ_θ‖² / 2σ_t² plus a constant [DDPM Eq. 8]. Let μ_θ have the form of section 4 with a
    network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels, μ̃_t - μ_θ is the factor
    -β_t / [√α_t √(1-ᾱ_t)] times (ε - ε_θ), and the term for t becomes
 
         β_t² / [ 2 σ_t² α_t (1-ᾱ_t) ] · ‖ε - ε_θ(x_t, t)‖²                         [DDPM Eq. 12]
 
-   (so does the last step, up to a constant, if σ₁² > 0; the sampler leaves its noise out). Dropping
+   (the last step's too, up to a constant, if σ₁² > 0; the sampler adds no noise there). Dropping
    the factor gives the objective: draw an image, a t, a noise, and ask the network for that noise,
 
         L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²                           [DDPM Eq. 14]
@@ -121,7 +121,7 @@ import math
 import torch
 
 # Sampling starts from pure noise, so only a small share √ᾱ_T of the image may be left at t = T.
-MAX_SIGNAL = 0.02  # by default it is 0.006
+MAX_SIGNAL = 0.02  # the default schedule leaves 0.006
 KINDS = ("linear", "cosine")  # of the schedule
 
 
@@ -131,7 +131,7 @@ class NoiseSchedule:
     T             number of noisy steps, at least 2
     kind          "linear": β_t grows evenly from beta_start to beta_end    [DDPM section 4]
                   "cosine": ᾱ_t follows a squared cosine, all β_t ≤ 0.999   [IDDPM Eq. 17]
-    beta_start    β_1 of the linear schedule, in (0, 1), and beta_end, its β_T
+    beta_start    β_1 of the linear schedule, in (0, 1); beta_end is its β_T
     allow_signal  accept a schedule that does not turn the image into pure noise
 
     Attributes: T, and the float64 tensors beta, alpha, alpha_bar, beta_tilde of length T+1.
@@ -160,7 +160,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas, allow_signal: bool = False) -> "NoiseSchedule":
-        """A schedule from any T numbers in (0, 1), refused as above; betas[0] is β_1."""
+        """A schedule from T numbers in (0, 1), betas[0] being β_1. Raises as the class does."""
         schedule = cls.__new__(cls)
         schedule._fill(torch.as_tensor(betas, dtype=torch.float64, device="cpu"), allow_signal)
         return schedule
@@ -241,7 +241,7 @@ class NoiseSchedule:
         return signal * x0 + noise * eps
 
     def step_beta(self, t, t_prev=None) -> torch.Tensor:
-        """β of the one step that does what the steps t_prev + 1 .. t do (for fewer, in sample.py).
+        """β of the one step that does what the steps t_prev + 1 .. t do; sample.py takes such.
 
         By section 2 that step has α = ᾱ_t / ᾱ_{t_prev}. For t_prev = t - 1, or None, it is β_t.
         Needs 0 <= t_prev < t <= T. Returns float64 of the shape of t.
@@ -256,7 +256,7 @@ class NoiseSchedule:
                     t_prev=None) -> tuple[torch.Tensor, torch.Tensor]:
         """The exact step back, q(x_{t-1} | x_t, x₀).                [DDPM Eq. 6] [DDPM Eq. 7]
 
-        x0, xt     clean images, or a guess at them, and the same at noise level t
+        x0, xt     clean images, or a guess at them, and images at noise level t
         t, t_prev  0 <= t_prev < t <= T; t_prev is t - 1 if None. A smaller t_prev gives
                    q(x_{t_prev} | x_t, x₀), a longer step back
 

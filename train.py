@@ -19,8 +19,8 @@ below 0.1 within a hundred steps, then ever more slowly, and never to 0: nobody 
 noisy image exactly what of it is noise. What is learned late changes the third and fourth decimal.
 
 Each epoch prints the training loss (the mean over its steps), the held-out loss (digits not trained
-on, the same noise every time, and the weights of update_average), and that of the blog (README.md).
-It writes model.pt and a copy to keep, epoch-N.pt; and last.pt for --resume, as Ctrl-C does, too.
+on, the same noise every time, averaged weights) and the blog's training loss (README.md). It writes
+model.pt, last.pt for --resume, and epoch-N.pt, a copy to keep. Ctrl-C writes the first two.
 
 Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma et al. 2021, arXiv 2107.00630.
 """
@@ -108,7 +108,7 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
     dataset  of DATASETS; "folder": data is a torchvision ImageFolder, of which a tenth is held out
     """
     from torchvision import datasets, transforms  # here, because it takes seconds to import
-    if dataset == "builtin":  # drawn with the fonts of matplotlib, which is another tale
+    if dataset == "builtin":  # drawn with the fonts of matplotlib
         draw = runpy.run_path(str(HERE / "tests" / "digits.py"))["builtin_digits"]
         return draw(60_000, seed=0) if train else draw(10_000, seed=1)
     if dataset == "folder":
@@ -136,7 +136,7 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
 
 
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Bytes 0..255 to float32 in [-1, 1], the range in which the noise schedule is meant. Digits
+    """Bytes 0..255 to float32 in [-1, 1], the range that the noise schedule is made for. Digits
     are not flipped or turned to get more of them: a mirrored 2 is not a digit."""
     return images.float() / 127.5 - 1
 
@@ -326,7 +326,7 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
             out.mkdir(parents=True, exist_ok=True)
             what = {k: v for k, v in vars(config).items() if k not in ("data", "out", "device")}
             result = dict(config=what, network=model.config, history=history,
-                          betas=schedule.beta[1:],  # lest changes of schedule.py do harm
+                          betas=schedule.beta[1:],  # in case schedule.py changes
                           average={k: v.cpu() for k, v in average.state_dict().items()})
             save(out / "model.pt", result)
             if complete:  # in half the space, to see later how it learned

@@ -1,6 +1,6 @@
 """Part 2. The network: it looks at a noisy image and says what the noise was.
 
-Given x_t and t, the network returns ε_θ(x_t, t), its estimate of the noise ε inside x_t. Any
+Given x_t and t, the network returns ε_θ(x_t, t), its guess at the noise ε inside x_t. Any
 trainable function of an image and t that returns an image will do; a UNet is the common choice.
 
     python unet.py        the network as a table: output shape, parameters, multiply-adds
@@ -28,8 +28,8 @@ Each part answers a need:
 
 The default network has 324,705 parameters, as many as the plain network of the blog that this book
 follows (README.md). Where they stand matters: a weight of a convolution is used 784 times at 28x28
-but 49 times at 7x7. So 7x7 has two blocks a side, not one, and most of the weights. The
-few at 28x28, 13 % of all, still take 61 % of the arithmetic.
+but 49 times at 7x7. So 7x7 has two blocks each way, not one, and most of the weights. The few at
+28x28, 13 % of all, still take 61 % of the arithmetic.
 
 Sources: [UNet] Ronneberger, Fischer and Brox 2015, arXiv 1505.04597, for the shape. [Attention]
 Vaswani et al. 2017, arXiv 1706.03762. [FiLM] Perez et al. 2018, arXiv 1709.07871. [DDPM] Ho et al.
@@ -106,7 +106,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W), time (B, time_width) -> (B, C, H, W)"""
         h = self.conv1(F.silu(self.norm1(x)))
-        # t sets a gain and an offset for every channel ("feature-wise linear modulation"), so that
+        # t sets a scale and a shift for every channel ("feature-wise linear modulation"), so that
         # a channel can be loud at some noise levels and silent at others.                [FiLM]
         # einops splits the 2C numbers into two groups of C: first all scales, then all shifts.
         scale, shift = rearrange(self.film(time), "b (two c) -> two b c 1 1", two=2)
@@ -160,9 +160,9 @@ class Attention(nn.Module):
 class Halve(nn.Module):
     """Halve the image, and let each place know where it is.        [Attention section 3.5]
 
-    A convolution does the same at every place. The zeros around the image betray the rim to it, but
-    hardly the middle, where strokes are to be expected. So the halved image gets an image added,
-    learned with the weights. `size` is its side; for images of another size it is stretched.
+    A convolution does the same at every place. From the zeros around the image it can tell the rim,
+    but hardly the middle, where strokes are likely. So a learned image is added to the halved one.
+    `size` is the side of the learned image; for images of another size it is stretched.
     """
 
     def __init__(self, before: int, after: int, size: int):
@@ -181,12 +181,12 @@ class Halve(nn.Module):
 class UNet(nn.Module):
     """The noise predictor ε_θ(x_t, t).
 
-    channels     channels at each resolution, largest image first; multiples of groups
-    blocks       residual blocks at each resolution, on the way down and again on the way up
+    channels     channels at each size, largest image first; multiples of groups
+    blocks       residual blocks at each size, on the way down and again on the way up
     embedding    dimension of the sinusoidal embedding of t
     time_hidden  hidden width of the perceptron that follows it
     time_width   width of the time features that every block receives
-    heads        attention heads at the smallest resolution
+    heads        attention heads at the smallest size
     groups       groups of every GroupNorm
     size         side of the images; others can be given, see Halve
 
@@ -235,7 +235,7 @@ class UNet(nn.Module):
         self.gain = zero(nn.Linear(time_width, 2))
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Estimate the noise in a batch of noisy images.
+        """Guess the noise in a batch of noisy images.
 
         xt  (B, 1, H, W) noisy images; H and W multiples of 4, 28 for MNIST
         t   (B,) integers in 1..T, the noise level of each image
@@ -273,9 +273,9 @@ class UNet(nn.Module):
             if i + 1 == len(kept):
                 x = self.attention[1](x)
 
-        # At large t the noise is nearly x_t itself. The layers above would have to carry all of its
-        # numbers through their normalisations unharmed. Instead, a multiple of x_t that t chooses
-        # is added at the end, and another choice of t scales what the layers add to it.
+        # At large t the noise is nearly x_t itself, and the layers above would have to carry every
+        # pixel of it unharmed through their normalisations. Instead, t sets two numbers: how much
+        # of x_t is added at the end, and by how much the answer of the layers is scaled.
         echo, scale = rearrange(self.gain(time), "b two -> two b 1 1 1")
         return echo * xt + (1 + scale) * self.head(x)  # (B, 1, 28, 28)
 
