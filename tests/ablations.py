@@ -1,11 +1,12 @@
 """What does each part of the recipe gain? Train without it, and compare.
 
-    python tests/ablations.py --data DIR              about two hours on two CPU cores
+    python tests/ablations.py --data DIR              about four hours on two CPU cores
     python tests/ablations.py --data DIR --rows 0 3   only the first and the fourth row
     python tests/ablations.py --table                 only print what has been measured
 
 Each row is one change from `python train.py`, trained for 3 epochs on all 60,000 images, with seed 0,
-the learning rate falling to 0 within these 3 epochs (but where it is constant). The numbers go to
+the learning rate falling to 0 within these 3 epochs (but where it is constant). The blog's network
+with its own recipe goes on to epoch 15, as tests/measure.py draws samples from it. The numbers go to
 pretrained/ablations.json, and runs to runs/ablations/. A run that was stopped goes on where it was;
 a row that is in the file already is not measured again. With --rows, two processes can share the
 work; with OMP_NUM_THREADS=1, each of them keeps to one core, and together they are faster than one.
@@ -86,8 +87,23 @@ CHANGES: dict[str, dict] = {
     "no average of the weights": {"ema": 0.0},
     "the blog's network": {"UNet": blog_network},
     "the blog's network and recipe": {"UNet": blog_network, "learning_rate": constant,
-                                      "draw_t": independent, "ema": 0.0},
+                                      "draw_t": independent, "ema": 0.0, "epochs": 15},
 }
+
+
+def folder(name: str, epochs: int) -> Path:
+    """Where the run of a row is kept."""
+    return ROOT / "runs" / "ablations" / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{epochs}"
+
+
+def load(name: str, path: Path) -> script.Checkpoint:
+    """The model file of a row; load_checkpoint alone would build our network for it."""
+    before = script.UNet
+    try:
+        script.UNet = CHANGES[name].get("UNet", before)
+        return script.load_checkpoint(path)
+    finally:
+        script.UNet = before
 
 
 def run(name: str, data: str, epochs: int, out: Path, images: tuple | None = None,
@@ -98,8 +114,9 @@ def run(name: str, data: str, epochs: int, out: Path, images: tuple | None = Non
     try:
         for key in before:
             setattr(script, key, change[key])
-        config = script.Config(data=data, out=str(out), epochs=epochs, dataset="mnist",
-                               **{k: v for k, v in change.items() if k not in before}, **options)
+        others = {k: v for k, v in change.items() if k not in before and k != "epochs"}
+        config = script.Config(data=data, out=str(out), epochs=epochs, dataset="mnist", **others,
+                               **options)
         with torch.random.fork_rng(devices=[]):
             model = script.UNet()
         row = {"name": name, "epochs": epochs, "threads": torch.get_num_threads(),
@@ -125,7 +142,9 @@ def table(rows: list[dict]) -> str:
     lines = ["| one change | held-out loss | seconds per epoch | parameters | multiply-adds |",
              "|---|---:|---:|---:|---:|"]
     for row in rows:
-        loss = f"{row['held_out'][-1]:.4f}" if row["held_out"] else "diverged"
+        loss = f"{row['held_out'][:3][-1]:.4f}" if row["held_out"] else "diverged"
+        if len(row["held_out"]) > 3:
+            loss += f" ({row['held_out'][-1]:.4f} after epoch {len(row['held_out'])})"
         seconds = sum(row["seconds"]) / len(row["seconds"]) if row["seconds"] else 0
         lines.append(f"| {row['name']} | {loss} | {f'{seconds:.0f}' if seconds else ''} | "
                      f"{row['parameters']:,} | {row['macs'] / 1e6:.1f} M |")
@@ -141,10 +160,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
     args = parser.parse_args()
     for name in [] if args.table else [list(CHANGES)[n] for n in args.rows]:
-        others = [row for row in measured() if row["name"] != name]
-        if [row["epochs"] for row in measured() if row["name"] == name] != [args.epochs]:
-            out = ROOT / "runs" / "ablations" / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{args.epochs}"
-            row = run(name, args.data, args.epochs, out)
+        epochs = CHANGES[name].get("epochs", args.epochs)
+        if (name, epochs) not in [(row["name"], row["epochs"]) for row in measured()]:
+            row = run(name, args.data, epochs, folder(name, epochs))
+            others = [other for other in measured() if other["name"] != name]
             RESULTS.write_text(json.dumps([*others, row], indent=1) + "\n")
     print(table(measured()))
 

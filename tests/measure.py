@@ -29,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import ablations  # noqa: E402
 from plots import fingerprint  # noqa: E402
 from sample import SHIPPED, open_checkpoint, sample, to_uint8  # noqa: E402
 from schedule import NoiseSchedule  # noqa: E402
@@ -38,10 +39,14 @@ from yardstick import (draw_samples, frechet_distance, load_classifier, look,  #
                        measure, nearest, real_floor)
 
 SPECTRUM = ROOT / "pretrained" / "spectrum.json"  # written by spectrum.py
-# Name of a chain -> sampler, steps, variance.
-CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde"), "ddpm 1000, beta": ("ddpm", 1000, "beta"),
-          "ddpm 1000, zero": ("ddpm", 1000, "zero")}
-CHAINS |= {f"{sampler} {steps}": (sampler, steps, "beta_tilde") for steps in (50, 20, 10, 5)
+# The blog's network with the blog's recipe, if tests/ablations.py has trained it.
+BLOG_ROW = "the blog's network and recipe"
+BLOG = "the blog's network, ddpm 1000"
+# Name of a chain -> sampler, steps, variance, clip.
+CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde", True), BLOG: ("ddpm", 1000, "beta_tilde", False),
+          "ddpm 1000, beta": ("ddpm", 1000, "beta", True),
+          "ddpm 1000, zero": ("ddpm", 1000, "zero", True)}
+CHAINS |= {f"{sampler} {steps}": (sampler, steps, "beta_tilde", True) for steps in (50, 20, 10, 5)
            for sampler in ("ddpm", "ddim", "dpm++")}
 SIZES = 200, 500, 1000, 2000  # numbers of images for which distances are given
 
@@ -49,8 +54,10 @@ SIZES = 200, 500, 1000, 2000  # numbers of images for which distances are given
 class Bench:
     """What all parts need: the model, the images, the classifier, and the samples drawn so far.
 
-    counts  numbers of images: of 1,000 steps, the same with another variance, and of fewer steps
+    counts  numbers of images: of 1,000 steps, the same with another variance or by the blog's
+            network, and of fewer steps
     """
+    blog = ablations.folder(BLOG_ROW, 15) / "model.pt"
 
     def __init__(self, checkpoint: Checkpoint, path: Path, data: str, counts: tuple[int, int, int],
                  device: str, out: Path, scratch: Path):
@@ -69,13 +76,16 @@ class Bench:
 
     def sample(self, name: str, seeds: range) -> torch.Tensor:
         """The images of these seeds by a chain, uint8 (N, 1, 28, 28)."""
-        sampler, steps, variance = CHAINS[name]
-        return draw_samples(self.checkpoint, seeds, self.device, sampler=sampler,
-                            variance=variance, steps=min(steps, self.checkpoint.schedule.T))
+        sampler, steps, variance, clip = CHAINS[name]
+        checkpoint = self.checkpoint if name != BLOG else ablations.load(BLOG_ROW, self.blog)
+        return draw_samples(checkpoint, seeds, self.device, sampler=sampler, variance=variance,
+                            steps=min(steps, checkpoint.schedule.T), clip=clip)
 
     def draw(self, name: str, count: int) -> torch.Tensor:
         """The images of seeds 0..count-1; those drawn before are read from a file."""
-        file = self.scratch / f"{name}.pt"
+        folder = self.scratch if name != BLOG else self.scratch.with_name(fingerprint(self.blog))
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{name}.pt"
         images = torch.load(file, weights_only=True)["images"] if file.exists() else torch.zeros(
             0, 1, 28, 28, dtype=torch.uint8)
         while len(images) < count:
@@ -223,9 +233,12 @@ def samplers(bench: Bench) -> dict:
         found["floor"][n] = floor.mean().item(), floor.std().item()
         print(f"{len(floor)} sets of {n} training images: distance {floor.mean():.2f}, standard "
               f"deviation {floor.std():.2f}", flush=True)
-    for name, (_, steps, variance) in reversed(CHAINS.items()):  # the short ones first
+    for name, (_, steps, *_) in reversed(CHAINS.items()):  # the short ones first
+        if name == BLOG and not bench.blog.exists():
+            print(f"{name}: not trained, see tests/ablations.py", flush=True)
+            continue
         images = bench.draw(name, bench.cheap if steps < 1000 else
-                            bench.count if variance == "beta_tilde" else bench.few)
+                            bench.count if name == "ddpm 1000" else bench.few)
         begun = time.perf_counter()
         bench.sample(name, range(32))  # once more, so that all are timed in one go
         seconds = time.perf_counter() - begun
@@ -269,6 +282,22 @@ def copies(bench: Bench, shown: int = 32) -> dict:
             "nearest": bench.known[index[:shown]].clone()}
 
 
+def table(found: dict) -> str:
+    """The README's table of samplers, in Markdown."""
+    sizes = [n for n in found["floor"] if any(n in row["distances"] for row in found["chains"].values())]
+    lines = ["| chain, steps | called a digit with p > 0.9 | of | " + " | ".join(
+        f"distance, N = {n:,}" for n in sizes) + " | 32 digits take |",
+        "|---" + "|---:" * (len(sizes) + 3) + "|"]
+    for name, row in found["chains"].items():
+        lines.append(f"| {name} | {100 * row['confident']:.1f} % | {row['count']:,} | " + " | ".join(
+            f"{row['distances'][n]:.2f}" if n in row["distances"] else "" for n in sizes)
+            + f" | {row['seconds']:.1f} s |")
+    real = found["test images"]
+    return "\n".join([*lines, f"| real digits | {100 * real['confident']:.1f} % | {real['count']:,} | "
+                      + " | ".join("{:.2f} ± {:.2f}".format(*found["floor"][n]) for n in sizes)
+                      + " | |"])
+
+
 PARTS = {part.__name__: part for part in
          (digits, difficulty, decided, epochs, samplers, noise, copies)}
 
@@ -279,13 +308,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
     parser.add_argument("--checkpoint", default=str(SHIPPED), help="model file (the shipped one)")
     parser.add_argument("--count", type=int, default=500, help="images in 1,000 steps (500)")
-    parser.add_argument("--few", type=int, default=200, help="the same, other variances (200)")
+    parser.add_argument("--few", type=int, default=200, help="the same, other variances, and by "
+                        "the blog's network (200)")
     parser.add_argument("--cheap", type=int, default=2000, help="images in fewer steps (2000)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--out", help="file for the results (claims.pt beside the model)")
     parser.add_argument("--scratch", default=str(ROOT / "runs" / "samples"),
                         help="folder that keeps the samples")
+    parser.add_argument("--table", action="store_true", help="print the samplers, measure nothing")
     args = parser.parse_args(argv)
+    if args.table:
+        out = Path(args.out or Path(args.checkpoint).parent / "claims.pt")
+        return print(table(torch.load(out, weights_only=True)["samplers"]))
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")

@@ -83,6 +83,16 @@ def test_each_row_trains_and_leaves_the_scripts_as_they_were(name, tmp_path):
     assert again == row
 
 
+def test_model_of_the_blogs_network_can_be_loaded(tmp_path):
+    """It measures what its training measured; load_checkpoint alone refuses it."""
+    name, images = "the blog's network and recipe", (pictures(16, 8), pictures(8, 8))
+    row = run(name, "", 1, tmp_path, images=images, batch_size=8, device="cpu")
+    checkpoint = ablations.load(name, tmp_path / "model.pt")
+    assert script.evaluate(checkpoint.model, checkpoint.schedule, images[1]) == row["held_out"][0]
+    with pytest.raises(ValueError):
+        script.load_checkpoint(tmp_path / "model.pt")
+
+
 def test_changes_of_the_recipe_are_in_effect(tmp_path, monkeypatch):
     """The rate is 2e-4 in every step; without an average, it is the weights themselves."""
     rates, step = [], torch.optim.Adam.step
@@ -97,13 +107,16 @@ def test_changes_of_the_recipe_are_in_effect(tmp_path, monkeypatch):
 
 
 def test_table_has_a_line_for_each_row():
-    """Losses to four digits; a run that diverged says so."""
+    """Losses to four digits, after epoch 3 and after the last; a run that diverged says so."""
     lines = table([
         {"name": "a", "held_out": [0.5, 0.02344], "seconds": [10, 20], "parameters": 1234,
          "macs": 2_500_000, "epochs": 2},
         {"name": "b", "held_out": [], "seconds": [], "parameters": 5, "macs": 0, "epochs": 2},
+        {"name": "c", "held_out": [0.5, 0.4, 0.3, 0.2], "seconds": [9], "parameters": 5, "macs": 0,
+         "epochs": 4},
     ]).splitlines()
-    assert lines[2:] == ["| a | 0.0234 | 15 | 1,234 | 2.5 M |", "| b | diverged |  | 5 | 0.0 M |"]
+    assert lines[2:] == ["| a | 0.0234 | 15 | 1,234 | 2.5 M |", "| b | diverged |  | 5 | 0.0 M |",
+                         "| c | 0.3000 (0.2000 after epoch 4) | 9 | 5 | 0.0 M |"]
 
 
 @pytest.mark.skipif(not ablations.RESULTS.exists(), reason="not measured yet")

@@ -156,7 +156,7 @@ def test_parts_write_what_they_found(bench, monkeypatch, tmp_path, capsys):
     assert set(claims) == {"digits", "samplers", "noise", "copies", "difficulty", "epochs"}
     for image, kind in zip(claims["digits"]["images"], (7, 2, 4, 9)):
         assert any(torch.equal(image, other) for other in bench.real[bench.labels == kind])
-    assert set(claims["samplers"]["chains"]) == set(script.CHAINS)
+    assert set(claims["samplers"]["chains"]) == set(script.CHAINS) - {script.BLOG}
     for row in claims["samplers"]["chains"].values():
         assert set(row["distances"]) == {4, 8}
         assert math.isclose(row["distances"][8], row["distance"], rel_tol=1e-9) and row["seconds"] > 0
@@ -168,6 +168,29 @@ def test_parts_write_what_they_found(bench, monkeypatch, tmp_path, capsys):
     again = script.copies(bench)
     assert again["samples"].max() < 1e-3 and torch.equal(again["nearest"], again["images"])
     assert claims["noise"]["ddpm 1000"]["spread"] > 0
+
+
+def test_samples_of_the_blogs_network_are_its_own(bench, monkeypatch, tmp_path):
+    """If it has been trained, the chain named after it is drawn from it, without clipping."""
+    images = builtin_digits(16, seed=0)[0], builtin_digits(8, seed=1)[0]
+    script.ablations.run(script.BLOG_ROW, "", 1, tmp_path, images=images, batch_size=8, device="cpu",
+                         T=20, schedule="cosine")
+    monkeypatch.setattr(Bench, "blog", tmp_path / "model.pt")
+    model, schedule, *_ = script.ablations.load(script.BLOG_ROW, tmp_path / "model.pt")
+    *_, (_, x0, _) = sample(model, schedule, [0, 1], clip=False)
+    drawn = bench.draw(script.BLOG, 2)
+    assert (drawn.int() - to_uint8(x0).int()).abs().max() <= 1
+    assert (drawn.int() - bench.draw("ddpm 1000", 2).int()).abs().max() > 10
+
+
+def test_table_of_samplers_shows_what_was_measured():
+    """Shares, distances at each size that was reached, seconds; and real digits below."""
+    row = {"confident": 0.825, "count": 1000, "distances": {200: 14.6}, "seconds": 61.96}
+    found = {"chains": {"ddpm 1000": row}, "floor": {200: (8.125, 2.774)},
+             "test images": {"confident": 0.971, "count": 10_000}}
+    assert script.table(found).splitlines()[2:] == [
+        "| ddpm 1000 | 82.5 % | 1,000 | 14.60 | 62.0 s |",
+        "| real digits | 97.1 % | 10,000 | 8.12 ± 2.77 | |"]
 
 
 def test_command_adds_to_what_was_measured_of_the_same_model(bench, monkeypatch, tmp_path):
