@@ -363,16 +363,16 @@ def fingerprint(path: Path) -> str:
 
 def measured(path: Path) -> dict:
     """What has been measured of this model file, and of no other, by the name of the figure."""
-    found = {}
+    found, mark = {}, fingerprint(path)
     try:
         if (file := path.parent / "claims.pt").exists():
             found |= torch.load(file, weights_only=True)
         for name, file in (("bits", "bound.json"), ("loss", "seeds.json")):
             if (path.parent / file).exists():
                 found[name] = json.loads((path.parent / file).read_text())
+        return {name: part for name, part in found.items() if part.get("model") == mark}
     except Exception as error:  # of many kinds, if a file is damaged
         raise ValueError(f"what was measured beside {path} cannot be read; repeat it") from error
-    return {name: part for name, part in found.items() if part.get("model") == fingerprint(path)}
 
 
 def gather(checkpoint: Checkpoint, names: list[str], claims: dict, device="cpu") -> Material:
