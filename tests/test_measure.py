@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import measure as script
+import plots
 import train
 from digits import builtin_digits
 from measure import Bench, loss_by_t, low_frequencies, share_present
@@ -223,11 +224,15 @@ def test_command_refuses_unknown_parts(capsys):
 
 def test_what_is_shipped_was_measured_on_the_shipped_model():
     """Each part of pretrained/claims.pt names the first digits of the hash of pretrained/model.pt,
-    and the loss that it measured after the last epoch is the one that training measured."""
+    and so do bound.json and seeds.json, so that no figure is left out. The loss that was measured
+    after each epoch is the one that training measured. The README has the table of the samplers."""
     folder = script.SHIPPED.parent
     claims = torch.load(folder / "claims.pt", weights_only=True)
     digest = hashlib.sha256(script.SHIPPED.read_bytes()).hexdigest()
     assert claims and all(digest.startswith(part["model"]) for part in claims.values())
+    assert set(plots.measured(script.SHIPPED)) == {*plots.CLAIMS, "digits", "loss"}
+    readme = (script.ROOT / "README.md").read_text(encoding="utf-8")
+    assert script.table(claims["samplers"]) in readme
     history = train.load_checkpoint(script.SHIPPED).history
     for epoch, loss in claims["difficulty"]["epochs"].items():
         # The files of the epochs hold weights in half precision, good to 5e-4.
