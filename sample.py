@@ -150,8 +150,7 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
 
     These are steps + 1 evenly spaced integers; None stands for the number in SAMPLERS, at most T.
     For dpm++, T, ..., 1 are the integers nearest to evenly spaced u = log r, each once. Raises
-    ValueError unless 1 <= steps <= T.
-    """
+    ValueError unless 1 <= steps <= T."""
     T = T or schedule.T
     steps = min(T, SAMPLERS[sampler]) if steps is None else steps
     if not 1 <= steps <= T:
@@ -193,6 +192,8 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
             raise ValueError(f"unknown {name!r}; known are {', '.join(known)}")
     if len(seeds) == 0 or not 0 <= eta <= 1:
         raise ValueError("no seeds, so nothing to sample, or eta is not between 0 and 1")
+    if sampler != "ddpm" and variance != "beta_tilde" or sampler != "ddim" and eta != 0:
+        raise ValueError(f"{sampler} has no such choice: variance is one of ddpm, eta of ddim")
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -229,8 +230,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 def open_checkpoint(name: str | None, finished: bool = True) -> tuple[Path, Checkpoint]:
     """Load a model file and print which: the one named, else that of your own run in runs/mnist,
     else the one that is shipped. A run that is not finished is passed over, unless finished is
-    False. Raises OSError or ValueError, in one line.
-    """
+    False. Raises OSError or ValueError, in one line."""
     path = Path(name or HERE / "runs" / "mnist" / "model.pt")
     if name is None and not path.exists():
         path = SHIPPED
