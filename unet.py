@@ -31,6 +31,10 @@ follows (README.md). Where they stand matters: a weight of a convolution is used
 but 49 times at 7x7. So 7x7 has two blocks each way, not one, and most of the weights. The few at
 28x28, 13 % of all, still take 61 % of the arithmetic.
 
+What the parts are worth, by the held-out loss after 3 epochs without them (tests/ablations.py): it
+is 4.7 % higher without GroupNorm, and 3.0 % if t is told at 7x7 alone. Without attention it is the
+same: the eight convolutions at 7x7 reach across it, too.
+
 Sources: [UNet] Ronneberger, Fischer and Brox 2015, arXiv 1505.04597, for the shape. [Attention]
 Vaswani et al. 2017, arXiv 1706.03762. [FiLM] Perez et al. 2018, arXiv 1709.07871. [DDPM] Ho et al.
 2020, arXiv 2006.11239, appendix B, for residual blocks and attention in it.
@@ -56,8 +60,7 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     Returns (B, dim) float32: sines in the first half, cosines in the second, whose wavelengths
     grow from 2π to 20,000π steps. The short waves tell t from t + 1, the long ones small t from
     large t. A single number t/1000 would leave the network to invent such features itself.
-    Raises ValueError if dim is odd or below 4.
-    """
+    Raises ValueError if dim is odd or below 4."""
     if dim < 4 or dim % 2:
         raise ValueError(f"an embedding needs an even dimension of at least 4, not {dim}")
     half = dim // 2
@@ -72,8 +75,7 @@ def zero(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
 
     A block whose last layer is zero adds nothing, so the network starts as a simple one. A zero
     weight still learns, since its gradient depends on its input, not on itself. With the head and
-    the gain (the end of UNet.forward) at zero too, the first answer is 0, the loss mean(ε²) = 1.
-    """
+    the gain (the end of UNet.forward) at zero too, the first answer is 0, the loss mean(ε²) = 1."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -92,8 +94,7 @@ class ResidualBlock(nn.Module):
                 different t, whose statistics differ.
 
     SiLU, x/(1 + exp(-x)), bends the values between two convolutions. Without such a bend they
-    could be multiplied out to a single one.
-    """
+    could be multiplied out to a single one."""
 
     def __init__(self, channels: int, time_width: int, groups: int):
         super().__init__()
@@ -162,8 +163,7 @@ class Halve(nn.Module):
 
     A convolution does the same at every place. From the zeros around the image it can tell the rim,
     but hardly the middle, where strokes are likely. So a learned image is added to the halved one.
-    `size` is the side of the learned image; for images of another size it is stretched.
-    """
+    `size` is the side of the learned image; for images of another size it is stretched."""
 
     def __init__(self, before: int, after: int, size: int):
         super().__init__()

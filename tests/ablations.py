@@ -93,7 +93,7 @@ CHANGES: dict[str, dict] = {
 
 def folder(name: str, epochs: int) -> Path:
     """Where the run of a row is kept."""
-    return ROOT / "runs" / "ablations" / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{epochs}"
+    return ROOT / "runs" / "ablations" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{epochs}"
 
 
 def load(name: str, path: Path) -> script.Checkpoint:

@@ -55,7 +55,7 @@ class Bench:
     """What all parts need: the model, the images, the classifier, and the samples drawn so far.
 
     counts  numbers of images: of 1,000 steps, the same with another variance or by the blog's
-            network, and of fewer steps
+            network (200 at least), and of fewer steps
     """
     blog = ablations.folder(BLOG_ROW, 15) / "model.pt"
 
@@ -237,8 +237,8 @@ def samplers(bench: Bench) -> dict:
         if name == BLOG and not bench.blog.exists():
             print(f"{name}: not trained, see tests/ablations.py", flush=True)
             continue
-        images = bench.draw(name, bench.cheap if steps < 1000 else
-                            bench.count if name == "ddpm 1000" else bench.few)
+        count = {"ddpm 1000": bench.count, BLOG: max(bench.few, SIZES[0])}.get(name, bench.few)
+        images = bench.draw(name, bench.cheap if steps < 1000 else count)
         begun = time.perf_counter()
         bench.sample(name, range(32))  # once more, so that all are timed in one go
         seconds = time.perf_counter() - begun
