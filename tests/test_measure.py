@@ -27,6 +27,7 @@ def bench(tiny_run, tmp_path_factory):
         patch.setattr(script, "load_images", lambda data, part, dataset: builtin_digits(
             120 if part else 60, seed=0 if part else 1))
         patch.setattr(script, "SIZES", (4, 8))  # numbers of images that distances are given for
+        patch.setattr(Bench, "blog", folder / "none.pt")  # even where it has been trained
         path = tiny_run / "model.pt"
         yield Bench(train.load_checkpoint(path), path, "", (8, 8, 8), "cpu", folder / "claims.pt",
                     folder / "samples")
