@@ -190,7 +190,7 @@ def plot_loss(material: Material) -> Figure:
     ax.set(xlabel="epoch", ylabel="mean squared error of the predicted noise",
            xlim=(0.6, last + 1.2), xticks=range(1, last + 1, 1 + last // 20),
            title=f"{material.dataset}: loss by epoch")
-    ax.legend()
+    ax.legend(*ax.get_legend_handles_labels())  # there may be none yet
     return figure
 
 
