@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import unet as script
 from strategies import FEW, SEED, normal
-from unet import Attention, UNet, describe, timestep_embedding
+from unet import Attention, UNet, describe, pick_device, timestep_embedding
 
 
 def seeded(build, seed: int = 0, redraw: bool = False):
@@ -323,6 +323,38 @@ def test_sizes_that_do_not_fit_are_refused(call, message):
     """A wrong shape is a ValueError that names the right one, not a crash in a deep layer."""
     with torch.random.fork_rng(devices=[]), pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("sizes", [
+    dict(channels=(8, 16, 24)), dict(channels=(24, 16, 8), heads=2), dict(size=32),
+    dict(channels=(8, 12), blocks=(2, 1), groups=4, size=14), dict(channels=(8,), blocks=(3,)),
+    dict(channels=(8, 16, 16, 8), blocks=(1, 1, 1, 1), size=32, embedding=6, time_width=3)])
+def test_networks_of_other_sizes_work(sizes):
+    """Every size can be changed; what the network remembers of them makes the same network."""
+    model = seeded(lambda: UNet(**sizes), redraw=True)
+    again = seeded(lambda: UNet(**model.config))
+    again.load_state_dict(model.state_dict())
+    size = sizes.get("size", 28)
+    x, t = normal(1, 2, 1, size, size), torch.tensor([1, 500])
+    y = model(x, t)
+    assert y.shape == x.shape and y.isfinite().all() and y.std() > 0
+    assert torch.equal(again(x, t), y)
+
+
+@pytest.mark.parametrize("cuda, mps, first", [
+    (True, True, "cuda"), (False, True, "mps"), (True, False, "cuda"), (False, False, "cpu")])
+def test_auto_is_the_first_device_there_is(cuda, mps, first, monkeypatch):
+    """cuda before mps before cpu; one that is not there is refused, with those that are."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device("auto").type == first
+    there = {"cuda": cuda, "cuda:1": cuda, "mps": mps, "cpu": True, "abacus": False}
+    for name, here in there.items():
+        if here:
+            assert pick_device(name) == torch.device(name)
+        else:
+            with pytest.raises(ValueError, match=f"{name}.*auto.*cpu"):
+                pick_device(name)
 
 
 def test_table_counts_every_product():
