@@ -889,11 +889,12 @@ def test_impossible_arguments_are_errors(call, message):
 
 
 def test_seeds_are_numbers_and_ranges():
-    """'0-3,7' is 0, 1, 2, 3, 7; anything else is refused."""
+    """'0-3,7' is 0, 1, 2, 3, 7; up to 10,000 of them; anything else is refused."""
     import argparse
+    assert parse_seeds("7,0-9998") == [7, *range(9999)]
     assert parse_seeds("0-3,7") == [0, 1, 2, 3, 7] and parse_seeds("5") == [5]
     for text in ("", "a", "1-", "-3", "3-1", "5,3-1", "1.5", "1,,2", str(2**63), "0x1",
-                 "0-99999999"):
+                 "0-10000", "7,0-9999"):
         with pytest.raises(argparse.ArgumentTypeError):
             parse_seeds(text)
 
