@@ -1,13 +1,12 @@
-"""Part 3, continued. Every figure of the book, drawn from a trained model.
+"""Part 3, continued. The figures of the book, drawn from a trained model.
 
     python plots.py                       all figures
     python plots.py loss grid             those named; --help lists them
 
 This script draws and never trains. Some figures need only a model file with its history, others 32
 digits sampled in 1,000 steps. The rest show what tests/measure.py and tests/bound.py have measured
-to check the blog's claims. Drawn twice on one machine, a figure has the same bytes.
-One grey scale serves all pictures: black is -1, white is +1, values beyond are cut off. A scale
-fitted to each picture would hide how the range changes on the way.
+to check the blog's claims. One grey scale serves all pictures: black is -1, white is +1, values
+beyond are cut off. A scale fitted to each picture would hide how the range changes on the way.
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [Attention] Vaswani et al. 2017, arXiv
 1706.03762.
@@ -52,14 +51,15 @@ class Material:
     chain       {t: (x_t, x̂₀)} for the levels that are drawn, each (32, 1, 28, 28), on the CPU;
                 empty if no figure needs samples
     claims      what has been measured, by the name of the figure
+    mark        the first digits of the hash of the model file
     """
     checkpoint: Checkpoint
     chain: dict[int, tuple[torch.Tensor, torch.Tensor]]
     claims: dict
+    mark: str = ""
 
     @property
     def dataset(self) -> str:
-        """The name of the data set that the network was trained on."""
         return DATASETS[self.checkpoint.config.dataset]
 
 
@@ -234,14 +234,15 @@ def plot_difficulty(material: Material) -> Figure:
         smooth = [part.mean() for part in loss[1:].split(len(few[0]))]
         left.plot([ts.mean() for ts in few], smooth, color=color, label=name)
         right.plot(range(1, T + 1), loss[1:].cumsum(0) / loss[1:].sum(), color=color)
-    for t in (max(1, T // 100), 95 * T // 100):
-        near = last[max(1, t - 5):t + 6].mean()
-        left.plot(t, near, "o", color=OURS)
-        left.annotate(f"t = {t}: {near:.2g}", (t, near), (0, -45) if t < T / 2 else (-10, -4),
+    hard, easy = max(1, T // 100), 95 * T // 100  # which the blog names
+    near = {t: last[max(1, t - 5):t + 6].mean().item() for t in (hard, easy)}
+    for t, loss in near.items():
+        left.plot(t, loss, "o", color=OURS)
+        left.annotate(f"t = {t}: {loss:.2g}", (t, loss), (0, -45) if t < T / 2 else (-10, -4),
                       textcoords="offset points", color=OURS, ha="left" if t < T / 2 else "right")
     half = 1 + (last.cumsum(0) < last.sum() / 2).sum().item()
     left.set(yscale="log", xlabel="t", ylabel="mean squared error of the predicted noise",
-             title="Small t is hard, large t is easy")
+             title=f"Loss near t = {hard}: {near[hard] / near[easy]:,.0f} times that near {easy}")
     right.set(xlabel="t", ylabel="share of the loss at 1..t", ylim=(0, 1.02),
               title=f"Half of the loss lies at t below {half}")
     left.legend()
@@ -278,12 +279,12 @@ def plot_noise(material: Material) -> Figure:
     found, rows = material.claims["noise"], []
     for label, name in ((r"$\tilde\beta_t$", "ddpm 1000"), (r"$\beta_t$", "ddpm 1000, beta"),
                         ("none", "ddpm 1000, zero"), ("DDIM,\n50 steps", "ddim 50")):
-        row, count = found[name], max(found[name]["classes"])
-        rows.append((label, row["images"], f"spread {row['spread']:.2g}\nclear "
-                     f"{row['confident']:.0%}\n{count / row['count']:.0%} are "
-                     f"{row['classes'].index(count)}"))
-    return picture_rows("Variance of the fresh noise (spread of test digits: "
-                        f"{found['test images']['spread']:.2g})", rows)
+        row, kinds = found[name], [str(count) for count in found[name]["classes"]]
+        rows.append((label, row["images"], f"spread {row['spread']:.2g}\n"
+                     f"clear {row['confident']:.0%}\n0-4: {' '.join(kinds[:5])}\n"
+                     f"5-9: {' '.join(kinds[5:])}"))
+    return picture_rows(f"Variance of the fresh noise; {row['count']} samples by kind (spread of "
+                        f"test digits: {found['test images']['spread']:.2g})", rows)
 
 
 def plot_copies(material: Material) -> Figure:
@@ -338,13 +339,12 @@ def plot_bits(material: Material) -> Figure:
 def plot_samplers(material: Material) -> Figure:
     """The same eight seeds through each sampler. The distance is that of tests/yardstick.py."""
     found = material.claims["samplers"]
-    chains = {name: row for name, row in found["chains"].items() if "," not in name}
-    size = max(n for n in found["floor"] if all(n in row["distances"] for row in chains.values()))
-    return picture_rows(
-        f"Samplers and steps; distance of {size} samples to test digits (that of real digits: "
-        f"{found['floor'][size][0]:.1f})", [
-            (name, found["images"][name], f"distance {row['distances'][size]:.1f}\n"
-             f"32 in {row['seconds']:.2g} s") for name, row in chains.items()])
+    rows = [(name, found["images"][name], "distance {1:.1f} of {0:,}\n32 in {2:.2g} s".format(
+        *max(row["distances"].items()), row["seconds"]))
+        for name, row in found["chains"].items() if "," not in name]
+    real = ", ".join(f"{floor:.1f} of {n:,}" for n, (floor, _) in found["floor"].items())
+    return picture_rows("Samplers and steps; distance to test digits of so many images (of real "
+                        f"digits: {real})", rows)
 
 
 FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_loss,
@@ -375,7 +375,7 @@ def measured(path: Path) -> dict:
         raise ValueError(f"what was measured beside {path} cannot be read; repeat it") from error
 
 
-def gather(checkpoint: Checkpoint, names: list[str], claims: dict, device="cpu") -> Material:
+def gather(checkpoint: Checkpoint, names: list, claims: dict, device="cpu", mark="") -> Material:
     """Collect what the named figures need, sampling at most once; claims is from measured()."""
     chain, T = {}, checkpoint.schedule.T
     needed = {"trajectory", "grid", "animation"} | (set() if "digits" in claims else {"forward"})
@@ -385,14 +385,14 @@ def gather(checkpoint: Checkpoint, names: list[str], claims: dict, device="cpu")
         for t, xt, x0_hat in tqdm(steps, total=T + 1, unit=" steps", desc="sampling", disable=None):
             if t in wanted:
                 chain[t] = xt.cpu(), x0_hat.cpu()
-    return Material(checkpoint, chain, claims)
+    return Material(checkpoint, chain, claims, mark)
 
 
 def draw(name: str, material: Material, folder: Path) -> Path:
     """Draw one figure into folder/name.png, or the animation into name.gif; return that path."""
     config, epochs = material.checkpoint.config, len(material.checkpoint.history["loss"])
     about = (f"{material.dataset}, {epochs} epochs, training seed {config.seed}, {config.schedule} "
-             f"schedule, T = {config.T}")
+             f"schedule, T = {config.T}, model {material.mark}, samples of seeds from 0 on")
     path = folder / (f"{name}.gif" if name == "animation" else f"{name}.png")
     folder.mkdir(parents=True, exist_ok=True)
     if name == "animation":
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(lack)
             print(lack, file=sys.stderr)
         names = [name for name in args.names or known if name not in missing]
-        material = gather(checkpoint, names, claims, args.device)
+        material = gather(checkpoint, names, claims, args.device, fingerprint(path))
         for name in names:
             print("wrote", draw(name, material, folder), flush=True)
     except KeyboardInterrupt:

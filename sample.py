@@ -26,14 +26,14 @@ in training: given x₀, its noise must have variance 1-ᾱ_{t-1}. The mean μ̃
 contains x_t, with noise of variance 1-ᾱ_t, times √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t). That leaves a variance
 of α_t (1-ᾱ_{t-1})² / (1-ᾱ_t), and β̃_t is exactly what is missing. Without it the spread is lost.
 Say the data are Gaussian of mean 0 and variance λ². Then x_t has variance v_t = ᾱ_t λ² + 1-ᾱ_t, and
-a perfect ε̂ is √(1-ᾱ_t) x_t/v_t. As v_t - β_t = α_t v_{t-1}, the mean, if not clipped, is x_t times
-√α_t v_{t-1}/v_t. In T steps these factors multiply to √ᾱ_T λ²/v_T, here 0.006 λ²: x₀ is nearly 0.
+a perfect ε̂ is √(1-ᾱ_t) x_t/v_t, covariance over variance. As v_t - β_t = α_t v_{t-1}, the mean, if
+not clipped, is √α_t v_{t-1}/v_t times x_t. In T steps: √ᾱ_T λ²/v_T, or 0.006 λ². So x₀ is nearly 0.
 
-Which σ_t²? The best is β̃_t plus the mean squared error that not knowing x₀ leaves in μ̃_t. If x₀
-is a single known point, that error is 0 and β̃_t is exact. If the data are standard normal noise,
-β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have a variance of at most 1, so even a linear
-guess at x₀ errs no more than for noise, and the best σ_t² lies between. The choice matters at small
-t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100. Noise in the last step would stay on x₀.
+Which σ_t²? Best for the bound ("optimal" in README.md) is β̃_t plus the mean squared error that not
+knowing x₀ leaves in μ̃_t. If x₀ is one known point, that error is 0 and β̃_t is exact. If the data
+are standard normal, β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have variance at most 1, so
+even a linear guess at x₀ errs no more than for noise, and the best σ_t² lies between. It matters at
+small t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100. Last-step noise would stay on x₀.
 
 Why clip x̂₀ to [-1, 1]? Pixels cannot lie outside. At t = T a mistake of 0.01 in ε̂ moves x̂₀ by
 1.6. One step goes only a little way towards x̂₀, but mistakes of the same sign in many steps add
@@ -43,13 +43,13 @@ FEWER STEPS. DDIM goes from t to any s < t by noising x̂₀ anew, with the nois
 
         x_s = √ᾱ_s x̂₀ + √(1-ᾱ_s) ε̂                                                [DDIM Eq. 12]
 
-Then x₀ is a function of x_T, and ever shorter steps approach a curve. Let r = √ᾱ/√(1-ᾱ) be signal
-over noise, and u = log r. As x_t/√(1-ᾱ_t) = r_t x̂₀ + ε̂, a step adds (r_s - r_t) x̂₀. It ends
-on the curve if x̂₀ stays the same on the way. DPM-Solver++ lets x̂₀ go on changing as in the step
-before, in steps of equal length in u: for Gaussian data, 10 of them are worth 50 of DDIM's.
+Then x₀ is a function of x_T, and ever shorter steps approach a curve, the solution of an ODE. Let
+r = √ᾱ/√(1-ᾱ) = √SNR, u = log r. As x_t/√(1-ᾱ_t) = r_t x̂₀ + ε̂, a step adds (r_s - r_t) x̂₀ to it
+and ends on the curve if x̂₀ stays as it is. DPM-Solver++ lets x̂₀ go on changing as in the step
+before, in equal steps of u. For Gaussian data 10 are worth 50 of DDIM's; not so here (README.md).
 
 ONE SEED, ONE DIGIT. Each image takes all its noise from a generator of its own, on the CPU. So seed
-7 gives the same image, up to rounding, alone or among others, on any device.
+7 gives the same image, up to rounding, alone or among others, and has the same noise on any device.
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv
 2102.09672. [DDIM] Song, Meng and Ermon 2021, arXiv 2010.02502. [DPM-Solver++] Lu et al. 2022, arXiv
@@ -133,7 +133,7 @@ def ddim_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.T
 
 def dpm_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.Tensor, t_prev: int,
              before: tuple[int, torch.Tensor] | None) -> torch.Tensor:
-    """A DDIM step that expects x̂₀ to go on changing (2M).          [DPM-Solver++ Algorithm 2]
+    """A DDIM step whose x̂₀ is extrapolated from two (2M).           [DPM-Solver++ Algorithm 2]
 
     before  t and x0_hat of the step before; None in the first step, which is one of DDIM
     """
@@ -170,7 +170,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
            ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Generate one image per seed, showing every step.                 [DDPM Algorithm 2]
 
-    model     called as model(xt, t) with t in the paper's count; used in eval mode
+    model     called as model(xt, t) with t in 1..T, (B,) integers; used in eval mode
     schedule  the schedule the model was trained with
     seeds     B integers; image k depends on seeds[k] alone
     sampler   "ddpm", the ancestral sampler; for fewer steps "ddim", with eta as in ddim_step, and
@@ -198,7 +198,6 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def draw_noise() -> torch.Tensor:
-        # On the CPU, one image at a time: the same numbers in any batch and on any device.
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     xt, T, before = draw_noise(), schedule.T, None  # x_T
@@ -313,14 +312,15 @@ def main(argv: list[str] | None = None) -> None:
             if args.gif and t in shown:
                 frames.append(draw_grid(images, scale=2))
         about = PngInfo()
-        about.add_text("Description", f"trained on {DATASETS[checkpoint.config.dataset]}")
+        about.add_text("Description", f"{path.name}, {DATASETS[checkpoint.config.dataset]}, seeds "
+                       f"{args.seeds}, {args.sampler}, {len(levels) - 1} steps")
         draw_grid(images).save(files[0], pnginfo=about)
         if args.gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
             frames[0].save(args.gif, save_all=True, append_images=frames[1:], loop=0,
                            duration=[80] * (len(frames) - 1) + [3000])
         print("wrote", *files)
     except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
+        print("\nstopped; pictures may be missing or cut short", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit("sample.py: " + str(error).partition("\n")[0])

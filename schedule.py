@@ -44,16 +44,16 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 3. One step back, if x₀ were known                                     [DDPM Eq. 6] [DDPM Eq. 7]
 
    To sample we need q(x_{t-1} | x_t). By Bayes' rule it contains q(x_{t-1}), which depends on the
-   unknown law of all digits. But q(x_{t-1} | x_t, x₀) can be computed. Call its mean μ̃_t and its
-   variance β̃_t. By Bayes' rule it is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x₀), because
-   x_t depends on x₀ only through x_{t-1}. As functions of y = x_{t-1} these two Gaussians multiply,
-   for t ≥ 2 and up to a factor without y, to exp(-S/2) with
+   unknown law of all digits. But q(x_{t-1} | x_t, x₀) can be computed, and a guess at x₀ will serve
+   (section 5). Call its mean μ̃_t and its variance β̃_t. By Bayes' rule it is proportional to
+   q(x_t | x_{t-1}) q(x_{t-1} | x₀), because x_t depends on x₀ only through x_{t-1}. As functions of
+   y = x_{t-1} these multiply, for t ≥ 2 and up to a factor without y, to exp(-S/2) with
 
         S = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
           = y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ]  -  2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ]  + ...
 
-   where the dots do not contain y. Completing the square means matching this with
-   (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ..., so the first bracket is 1/β̃ and the second is μ̃/β̃:
+   where the dots do not contain y. Match this with (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ...: the first
+   bracket is 1/β̃ (section 2 adds up its numerator), and the second, times β̃, is μ̃:
 
         1/β̃_t = [ α_t (1-ᾱ_{t-1}) + β_t ] / [ β_t (1-ᾱ_{t-1}) ]  =  (1-ᾱ_t) / [ β_t (1-ᾱ_{t-1}) ]
 
@@ -77,7 +77,7 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
 5. What to train: from the likelihood to a plain mean squared error
 
    Training should make p_θ(x₀) large for real digits. The model runs backwards from noise, with
-   p(x_T) = N(0, 1) and p_θ(x_{t-1}|x_t) = N(μ_θ(x_t, t), σ_t²), where σ_t² is chosen. A Gaussian
+   p(x_T) = N(0, 1) and p_θ(x_{t-1}|x_t) = N(μ_θ(x_t, t), σ_t²); sample.py chooses σ_t². A Gaussian
    will do if β_t is small: q(x_t|x_{t-1}) is narrow and gives q(x_{t-1}|x_t) its shape. Together,
    p_θ(x₀, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1}|x_t). Integrated over x₁, ..., x_T it is p_θ(x₀),
    the mean of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀) if q draws x₁, ..., x_T, given x₀. By
@@ -94,16 +94,16 @@ t = T, T-1, ..., 1, and the network is always given the t of the papers.
       + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   the learned steps against the exact
       - log p_θ(x₀|x₁)                                    the last step
 
-   where each term is averaged over q [DDPM Eq. 5]. As -log p_θ is (x_{t-1} - μ_θ)²/2σ_t² plus a
-   constant, and the square has the mean β̃_t + (μ̃_t - μ_θ)² under the exact step, the KL is
-   ‖μ̃_t - μ_θ‖² / 2σ_t² plus a constant [DDPM Eq. 8]. Let μ_θ have the form of section 4 with a
+   where each term is averaged over q [DDPM Eq. 5]. In a KL, E_q log q has no θ in it. For a pixel,
+   -log p_θ is (x_{t-1} - μ_θ)²/2σ_t² and a constant; the square's mean is β̃_t + (μ̃_t - μ_θ)². So
+   the KL is ‖μ̃_t - μ_θ‖²/2σ_t² and a constant [DDPM Eq. 8]. Give μ_θ the form of section 4 with a
    network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels, μ̃_t - μ_θ is the factor
    -β_t / [√α_t √(1-ᾱ_t)] times (ε - ε_θ), and the term for t becomes
 
         β_t² / [ 2 σ_t² α_t (1-ᾱ_t) ] · ‖ε - ε_θ(x_t, t)‖²                         [DDPM Eq. 12]
 
-   (the last step's too, up to a constant, if σ₁² > 0; the sampler adds no noise there). Dropping
-   the factor gives the objective: draw an image, a t, a noise, and ask the network for that noise,
+   (the last step's too, up to a constant, if σ₁² > 0; the sampler's β̃₁ = 0 makes it infinite).
+   Dropping the factor gives the objective: draw an image, a t, a noise, and ask for that noise,
 
         L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²                           [DDPM Eq. 14]
 
@@ -180,7 +180,7 @@ class NoiseSchedule:
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)  # ᾱ₀ = 1: all signal
 
         signal = math.sqrt(self.alpha_bar[-1])
-        if signal < 1.2e-38:  # which is 0 in float32, and predict_x0 divides by it
+        if signal < 1.2e-38:  # no normal number of float32; predict_x0 divides by it
             raise ValueError("alpha_bar_T is too small; use smaller or fewer betas")
         if signal > MAX_SIGNAL and not allow_signal:
             # For small β, ln ᾱ_T is about -Σβ_t, so this factor on all β brings √ᾱ_T to the bound.

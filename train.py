@@ -9,7 +9,7 @@
 One step of training is Algorithm 1 of [DDPM]:
 
     1. take a batch of digits x₀
-    2. draw a noise level t for each, uniformly from 1..T, and standard normal noise ε
+    2. draw a noise level t for each, uniformly from 1..T (draw_t), and standard normal noise ε
     3. make the noisy images x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε                      (schedule.q_sample)
     4. let the network look at x_t and t and guess the noise: ε_θ(x_t, t)
     5. move the weights a little along the negative gradient of the mean of (ε - ε_θ)²
@@ -19,7 +19,7 @@ below 0.1 within a hundred steps, then ever more slowly, and never to 0: nobody 
 noisy image exactly what of it is noise. What is learned late changes the third and fourth decimal.
 
 Each epoch prints the training loss (the mean over its steps), the held-out loss (digits not trained
-on, the same noise every time, averaged weights) and the blog's training loss (README.md). It writes
+on, same noise each time, weights of update_average) and the blog's loss (README.md). It writes
 model.pt, last.pt for --resume, and epoch-N.pt, a copy to keep. Ctrl-C writes the first two.
 
 Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma et al. 2021, arXiv 2107.00630.
@@ -48,7 +48,7 @@ from schedule import KINDS, NoiseSchedule
 from unet import UNet, pick_device
 
 HERE = Path(__file__).resolve().parent
-# The blog's mean training loss of epochs 1..15 (its Part 3; the README names the series).
+# The blog's mean training loss of epochs 1..15 (Part 3 of the blog; README.md names the series).
 BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0716, 0.0693,
              0.0686, 0.0670, 0.0644, 0.0632, 0.0619)
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
@@ -72,7 +72,7 @@ class Config:
     batch_size: int = option(128, "images per step", 1, 10**6)
     lr: float = option(3e-3, "peak learning rate of Adam", 1e-9, 1)
     warmup: float = option(0.04, "share of the steps in which the rate rises to its peak", 0, 1)
-    ema: float = option(0.999, "decay of the weight average, per step", 0, 0.999999)
+    ema: float = option(0.999, "highest decay of the weight average, per step", 0, 0.999999)
     clip: float = option(1.0, "greatest length of the gradient", 1e-9, math.inf)
     T: int = option(1000, "noisy steps", 2, 10**6)
     schedule: str = option("linear", f"noise schedule: {', '.join(KINDS)}", *KINDS)
@@ -92,7 +92,6 @@ class Config:
                 raise ValueError(f"unknown {name} {value!r}; known are {', '.join(known)}")
             if f.type is not str and not known[0] <= value <= known[1]:  # NaN fails too
                 raise ValueError(f"{name} must be between {known[0]} and {known[1]}, not {value}")
-        NoiseSchedule(self.T, self.schedule)  # raises with advice of its own
         self.out = self.out or str(HERE / f"runs/{self.dataset}-{self.images}".removesuffix("-0"))
 
     @property
@@ -125,7 +124,7 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
             found = kind(data, train=train, download=download)
         if len(found.data) != len(found.targets):
             raise ValueError("not as many labels as images")
-    except Exception as error:  # of many kinds, and none of them ours
+    except Exception as error:  # torchvision raises many kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
         if all((raw / name).exists() for name in names):
             raise ValueError(f"{raw} is damaged ({reason}); delete it and start again") from error
@@ -136,8 +135,7 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
 
 
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Bytes 0..255 to float32 in [-1, 1], the range that the noise schedule is made for. Digits
-    are not flipped or turned to get more of them: a mirrored 2 is not a digit."""
+    """Bytes 0..255 to float32 in [-1, 1], the range that the noise schedule is made for."""
     return images.float() / 127.5 - 1
 
 
@@ -145,9 +143,9 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
     """Noise levels for a batch: each uniform on 1..T, together evenly spread.    [compare VDM]
 
     The loss is largest at small t, where the noise is too faint to be told from the digit. A batch
-    with more of these looks worse than it is. So 1..T is cut into `count` equal strata with a draw
-    in each, dealt to the images at random. The expected gradient is the same, its noise smaller:
-    after 3 epochs the held-out loss is 0.4 % lower than with independent draws."""
+    with more of these has a higher loss, however good the weights. So 1..T is cut into `count`
+    equal strata, one draw in each, dealt to the images at random. The mean gradient is the same,
+    its noise smaller; after 3 epochs the loss was 0.4 % lower (one run; seeds differ by 0.3 %)."""
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
     # (stratum + within) / count is uniform on [0, 1). The clamp guards against rounding up to 1.
@@ -167,7 +165,7 @@ def update_average(average: UNet, model: UNet, step: int, decay: float) -> None:
 
     The weights jitter around a good place, and their average is nearer to it: after one epoch of
     three its loss is 5 % lower, at the end, where the rate is 0, no longer. The decay starts at
-    0.1, to forget the random initial weights, and rises to 0.9987 after 7,020 steps."""
+    0.1, to forget the random initial weights, and reaches 0.9987 after 7,020 steps."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, weight in zip(average.parameters(), model.parameters()):
         mean.lerp_(weight, 1 - decay)  # mean = decay * mean + (1 - decay) * weight
@@ -221,13 +219,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                           config, state["history"], state)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise OSError(f"no model file {path} ({error.strerror}); python train.py makes one")
-    except Exception as error:  # of many kinds, and few of them ours
+    except Exception as error:  # torch raises many kinds
         raise ValueError(f"{path} is damaged, or no model file of ours; train anew") from error
 
 
 def train(config: Config, resume: bool = False, images: tuple | None = None,
           stop: list[int] | None = None) -> dict[str, list[float]]:
-    """Train a UNet, write model.pt and last.pt into config.out after each epoch, and return the
+    """Train a UNet, write model.pt, last.pt and epoch-N.pt into config.out each epoch, return the
     history: lists "loss", "held_out" and "seconds" by epoch, and "step_loss" by step. Raises
     ValueError, RuntimeError, FloatingPointError or OSError.
 
@@ -236,9 +234,12 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
     stop    a list; when something is put into it, training finishes the step, saves and returns"""
     out, last, device = Path(config.out), Path(config.out, "last.pt"), pick_device(config.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank == 0 and last.exists() and not resume:  # the others may look after rank 0 has written
-        raise ValueError(f"{out} holds a run already: go on by --resume, or name another by --out")
-    state = load_checkpoint(last).state if resume else {"config": {}}
+    if rank == 0 and not resume and (last.exists() or Path(out, "model.pt").exists()):
+        raise ValueError(f"{out} holds a run; go on by --resume --out {out}, or name another")
+    if resume:  # with the schedule that it began with, even if schedule.py has changed
+        _, schedule, _, _, state = load_checkpoint(last)
+    else:
+        schedule, state = NoiseSchedule(config.T, config.schedule), {"config": {}}
     if resume and "adam" not in state:
         raise ValueError(f"{last} holds no run that could go on, only a model")
     for name, value in state["config"].items():
@@ -275,14 +276,13 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
         generator.set_state(state["generator"])
         history, order, begun = state["history"], state["order"], begun - state["seconds"]
     network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    schedule, total = NoiseSchedule(config.T, config.schedule), config.epochs * steps
-    done, recent = len(history["step_loss"]), []
+    total, done, recent = config.epochs * steps, len(history["step_loss"]), []
     bar = tqdm(range(done, total), initial=done, total=total, disable=rank > 0 or None)
     for step in bar:
         epoch, i = divmod(step, steps)
         if i == 0:
             order, begun = torch.randperm(len(digits), generator=generator), time.perf_counter()
-        # The numbers are those of the list at the top of this file.        [DDPM Algorithm 1]
+        # The lesson is in the lines numbered as at the top of this file.    [DDPM Algorithm 1]
         x0 = from_uint8(digits[order[i * size:(i + 1) * size]])                                # 1
         t = draw_t(size, schedule.T, generator)                                                # 2
         eps = torch.randn(x0.shape, generator=generator)
@@ -325,14 +325,13 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
         if due and rank == 0:  # of several processes, the first one saves
             out.mkdir(parents=True, exist_ok=True)
             what = {k: v for k, v in vars(config).items() if k not in ("data", "out", "device")}
-            result = dict(config=what, network=model.config, history=history,
-                          betas=schedule.beta[1:],  # in case schedule.py changes
-                          average={k: v.cpu() for k, v in average.state_dict().items()})
-            save(out / "model.pt", result)
+            full = dict(config=what, network=model.config, history=history, betas=schedule.beta[1:],
+                        average={k: v.cpu() for k, v in average.state_dict().items()})
+            save(out / "model.pt", full)
             if complete:  # in half the space, to see later how it learned
-                half = {k: v.half() for k, v in result["average"].items()}
-                save(out / f"epoch-{epoch + 1}.pt", dict(result, average=half))
-            save(last, dict(result, weights=model.state_dict(), adam=adam.state_dict(), order=order,
+                half = {k: v.half() for k, v in full["average"].items()}
+                save(out / f"epoch-{epoch + 1}.pt", dict(full, average=half))
+            save(last, dict(full, weights=model.state_dict(), adam=adam.state_dict(), order=order,
                             generator=generator.get_state(), seconds=time.perf_counter() - begun))
         if halt:
             break
@@ -352,7 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     resume, given = given.pop("resume"), {**given.pop("quick"), **given}  # what is given wins
     try:
         config = Config(**given)
-        pick_device(config.device)
+        device = pick_device(config.device)
+        resume or NoiseSchedule(config.T, config.schedule)  # raises with advice of its own
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     noted, notice = [], ""
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, note))
             if "LOCAL_RANK" in os.environ:  # torchrun has started several of these processes
-                if torch.cuda.is_available():
+                if device.type == "cuda":
                     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
                 dist.init_process_group()  # gloo among CPUs, NCCL among GPUs
                 stack.callback(dist.destroy_process_group)

@@ -11,7 +11,6 @@ Sampling is counted in image-steps: 32 digits in 1,000 steps are 32,000 of them.
 """
 
 import argparse
-import resource
 import statistics
 import sys
 import time
@@ -125,9 +124,13 @@ def main() -> None:
         ratios = [a / b for a, b in zip(seconds[what, "ours"], seconds[what, "the blog's"])]
         print(f"{what}: ours takes {statistics.median(ratios):.2f} times the blog's time")
     print("multiply-adds: " + ", ".join(f"{name} {n / 1e6:.1f} M" for name, n in macs.items()))
-    used = (torch.cuda.max_memory_allocated() if device.type == "cuda"  # ru_maxrss is in KiB on Linux
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10)
-    print(f"peak memory of all this: {used / 2**30:.2f} GiB")
+    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    if used is None and sys.platform != "win32":
+        import resource  # which counts in bytes on a Mac, elsewhere in KiB
+        unit = 1 if sys.platform == "darwin" else 2**10
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if used is not None:
+        print(f"peak memory of all this: {used / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python tests/measure.py --data DIR decided copies      only the parts named
     python tests/measure.py --data DIR --count 2000        more samples in 1,000 steps
 
-    part          what it measures                                    one CPU core
+    part          what it measures                                    one CPU core, as above
     digits        four test digits, to draw them                      a second
     difficulty    the loss at each t after several epochs             4 minutes
     decided       when the outcome of the chain is settled            28 minutes
@@ -43,19 +43,22 @@ SPECTRUM = ROOT / "pretrained" / "spectrum.json"  # written by spectrum.py
 BLOG_ROW = "the blog's network and recipe"
 BLOG = "the blog's network, ddpm 1000"
 # Name of a chain -> sampler, steps, variance, clip.
-CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde", True), BLOG: ("ddpm", 1000, "beta_tilde", False),
+CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde", True),
+          "ddpm 1000, not clipped": ("ddpm", 1000, "beta_tilde", False),
           "ddpm 1000, beta": ("ddpm", 1000, "beta", True),
-          "ddpm 1000, zero": ("ddpm", 1000, "zero", True)}
-CHAINS |= {f"{sampler} {steps}": (sampler, steps, "beta_tilde", True) for steps in (50, 20, 10, 5)
-           for sampler in ("ddpm", "ddim", "dpm++")}
+          "ddpm 1000, zero": ("ddpm", 1000, "zero", True),
+          BLOG: ("ddpm", 1000, "beta_tilde", False),
+          f"{BLOG}, clipped": ("ddpm", 1000, "beta_tilde", True)}
+CHAINS |= {f"{sampler} {steps}": (sampler, steps, "beta_tilde", True)
+           for steps in (1000, 50, 20, 10, 5) for sampler in ("ddpm", "ddim", "dpm++")}
 SIZES = 200, 500, 1000, 2000  # numbers of images for which distances are given
 
 
 class Bench:
     """What all parts need: the model, the images, the classifier, and the samples drawn so far.
 
-    counts  numbers of images: of 1,000 steps, the same with another variance or by the blog's
-            network (200 at least), and of fewer steps
+    counts  numbers of images: of ddpm in 1,000 steps, of all other chains of 1,000 steps, and of
+            chains of fewer steps
     """
     blog = ablations.folder(BLOG_ROW, 15) / "model.pt"
 
@@ -77,13 +80,13 @@ class Bench:
     def sample(self, name: str, seeds: range) -> torch.Tensor:
         """The images of these seeds by a chain, uint8 (N, 1, 28, 28)."""
         sampler, steps, variance, clip = CHAINS[name]
-        checkpoint = self.checkpoint if name != BLOG else ablations.load(BLOG_ROW, self.blog)
+        checkpoint = ablations.load(BLOG_ROW, self.blog) if BLOG in name else self.checkpoint
         return draw_samples(checkpoint, seeds, self.device, sampler=sampler, variance=variance,
                             steps=min(steps, checkpoint.schedule.T), clip=clip)
 
     def draw(self, name: str, count: int) -> torch.Tensor:
         """The images of seeds 0..count-1; those drawn before are read from a file."""
-        folder = self.scratch if name != BLOG else self.scratch.with_name(fingerprint(self.blog))
+        folder = self.scratch.with_name(fingerprint(self.blog)) if BLOG in name else self.scratch
         folder.mkdir(exist_ok=True)
         file = folder / f"{name}.pt"
         images = torch.load(file, weights_only=True)["images"] if file.exists() else torch.zeros(
@@ -187,6 +190,7 @@ def decided(bench: Bench, seeds: int = 32, repeats: int = 3) -> dict:
     For each t: "class", the share of such chains that end as the same numeral as the original, to
     the classifier; "pixels", 1 - |difference|²/|difference of unrelated chains|²; and the share
     of the final image that is present in the prediction at t, in low and in high frequencies.
+    At t = T they begin with another x_T, too, which shows what chance alone gives.
     """
     schedule, T = bench.checkpoint.schedule, bench.checkpoint.schedule.T
     wanted = [max(1, round(T * share)) for share in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05)]
@@ -234,11 +238,11 @@ def samplers(bench: Bench) -> dict:
         print(f"{len(floor)} sets of {n} training images: distance {floor.mean():.2f}, standard "
               f"deviation {floor.std():.2f}", flush=True)
     for name, (_, steps, *_) in reversed(CHAINS.items()):  # the short ones first
-        if name == BLOG and not bench.blog.exists():
+        if BLOG in name and not bench.blog.exists():
             print(f"{name}: not trained, see tests/ablations.py", flush=True)
             continue
-        count = {"ddpm 1000": bench.count, BLOG: max(bench.few, SIZES[0])}.get(name, bench.few)
-        images = bench.draw(name, bench.cheap if steps < 1000 else count)
+        count = bench.cheap if steps < 1000 else bench.count if name == "ddpm 1000" else bench.few
+        images = bench.draw(name, count)
         begun = time.perf_counter()
         bench.sample(name, range(32))  # once more, so that all are timed in one go
         seconds = time.perf_counter() - begun
@@ -285,17 +289,19 @@ def copies(bench: Bench, shown: int = 32) -> dict:
 def table(found: dict) -> str:
     """The README's table of samplers, in Markdown."""
     sizes = [n for n in found["floor"] if any(n in row["distances"] for row in found["chains"].values())]
-    lines = ["| chain, steps | called a digit with p > 0.9 | of | " + " | ".join(
-        f"distance, N = {n:,}" for n in sizes) + " | 32 digits take |",
-        "|---" + "|---:" * (len(sizes) + 3) + "|"]
+    lines = ["| chain, steps | N | called a digit with p > 0.9 | χ² of classes | nearest | "
+             + " | ".join(f"distance of {n:,}" for n in sizes) + " | 32 digits take |",
+             "|---" + "|---:" * (len(sizes) + 5) + "|"]
+
+    def line(name: str, row: dict, distances: list[str], seconds: str) -> str:
+        return " | ".join([f"| {name}", f"{row['count']:,}", f"{row['confident']:.1%}".replace(
+            "%", " %"), f"{row['chi2']:.0f}", f"{row['nearest']:.3f}", *distances, seconds + " |"])
+
     for name, row in found["chains"].items():
-        lines.append(f"| {name} | {100 * row['confident']:.1f} % | {row['count']:,} | " + " | ".join(
-            f"{row['distances'][n]:.2f}" if n in row["distances"] else "" for n in sizes)
-            + f" | {row['seconds']:.1f} s |")
-    real = found["test images"]
-    return "\n".join([*lines, f"| real digits | {100 * real['confident']:.1f} % | {real['count']:,} | "
-                      + " | ".join("{:.2f} ± {:.2f}".format(*found["floor"][n]) for n in sizes)
-                      + " | |"])
+        distances = [f"{row['distances'][n]:.2f}" if n in row["distances"] else "" for n in sizes]
+        lines.append(line(name, row, distances, f"{row['seconds']:.1f} s"))
+    floors = ["{:.2f} ± {:.2f}".format(*found["floor"][n]) for n in sizes]
+    return "\n".join([*lines, line("real digits", found["test images"], floors, "")])
 
 
 PARTS = {part.__name__: part for part in
@@ -308,8 +314,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
     parser.add_argument("--checkpoint", default=str(SHIPPED), help="model file (the shipped one)")
     parser.add_argument("--count", type=int, default=500, help="images in 1,000 steps (500)")
-    parser.add_argument("--few", type=int, default=200, help="the same, other variances, and by "
-                        "the blog's network (200)")
+    parser.add_argument("--few", type=int, default=200, help="by other samplers, "
+                        "with another variance or clipping, or by the blog's network (200)")
     parser.add_argument("--cheap", type=int, default=2000, help="images in fewer steps (2000)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--out", help="file for the results (claims.pt beside the model)")
@@ -323,21 +329,25 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
-    if min(args.count, args.cheap) < SIZES[0]:
+    if min(args.count, args.few, args.cheap) < SIZES[0]:
         parser.error(f"distances need at least {SIZES[0]} images")
     path, checkpoint = open_checkpoint(args.checkpoint)
     if checkpoint.config.dataset != "mnist":
         parser.error("the classifier and the linear denoiser are of MNIST; this model is not")
     counts = args.count, args.few, args.cheap
-    bench = Bench(checkpoint, path, args.data, counts, args.device,
-                  Path(args.out or path.parent / "claims.pt"), Path(args.scratch))
+    out = Path(args.out or path.parent / "claims.pt")
+    before = torch.load(out, weights_only=True) if out.exists() else {}
+    if any(part["model"] != fingerprint(path) for part in before.values()):
+        parser.error(f"{out} is of another model; name another file by --out, or delete it")
+    if not out.parent.is_dir():
+        parser.error(f"no folder {out.parent}")
+    bench = Bench(checkpoint, path, args.data, counts, args.device, out, Path(args.scratch))
     for name in args.parts or PARTS:
         begun = time.perf_counter()
         print(f"-- {name}", flush=True)
         found = PARTS[name](bench)
-        # Another process may have measured another part in the meantime. Not of another model.
+        # Another process may have measured another part in the meantime.
         before = torch.load(bench.out, weights_only=True) if bench.out.exists() else {}
-        before = {k: part for k, part in before.items() if part["model"] == bench.scratch.name}
         save(bench.out, before | {name: found | {"model": bench.scratch.name}})
         print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
 

@@ -107,6 +107,8 @@ def main() -> None:
 
     def note(**new):  # read anew each time, as another process may have written meanwhile
         old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+        if old.get("model", fingerprint(SHIPPED)) != fingerprint(SHIPPED):
+            old = {"runs": []}  # of another network
         new["runs"] = merged(old["runs"], new.get("runs", []))
         new["model"] = fingerprint(SHIPPED)
         RESULTS.write_text(json.dumps(old | new, indent=1) + "\n")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sample import SHIPPED, sample, to_uint8
+from sample import SHIPPED, VARIANCES, sample, to_uint8
 from schedule import NoiseSchedule
 from train import load_checkpoint, update_average
 from unet import UNet, pick_device
@@ -53,12 +53,14 @@ def test_watch_sees_what_it_should():
 
 
 def test_sampling_makes_no_float64_on_the_device():
-    """A chain of every variance, with and without clipping: float32 alone, contiguous."""
+    """A chain of every sampler and variance, with and without clipping: float32 alone, contiguous."""
     with torch.device("meta"):
         model = UNet()
+    chains = [dict(variance=variance, clip=variance == "beta") for variance in VARIANCES]
+    chains += [dict(sampler="ddim", eta=0.5), dict(sampler="dpm++"), dict(sampler="dpm++", clip=False)]
     with Watch() as watch:
-        for variance in ("beta_tilde", "beta", "zero"):
-            for _ in sample(model, NoiseSchedule(6, "cosine"), [0, 1], variance=variance, steps=4):
+        for options in chains:
+            for _ in sample(model, NoiseSchedule(6, "cosine"), [0, 1], steps=4, **options):
                 pass
     assert "aten::convolution" in watch.operations and not watch.double and not watch.strided
 

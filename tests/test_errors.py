@@ -147,7 +147,7 @@ TABLE = [
     # Folders and files that cannot be written.
     ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/file", 1, "file"),
     ("train", f"--data {{p}}/mnist {BATCH} --out /proc/nowhere", 1, "/proc/nowhere"),
-    ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/dirs", 1, "holds a run already"),
+    ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/dirs", 1, "holds a run; go on by --resume --out"),
     ("sample", "--checkpoint {p}/good.pt --out {p}/file/a.png", 1, "{p}/file"),
     ("sample", "--checkpoint {p}/good.pt --gif {p}/dirs.gif", 1, "dirs.gif"),
     ("plots", "loss --checkpoint {p}/good.pt --out {p}/file", 1, "{p}/file"),
@@ -219,7 +219,7 @@ def test_table_is_long_enough():
 
 def test_full_disk_keeps_the_old_files(place, tmp_path):
     """A real command whose files may not grow beyond 1 MB: one line, and the old files are whole."""
-    import resource
+    resource = pytest.importorskip("resource")  # not on Windows
     run = tmp_path / "run"
     images = [pictures(16), pictures(16)]
     config = dict(batch_size=8, out=str(run), device="cpu")

@@ -44,7 +44,7 @@ EVERY = [*FIGURES, "animation", *CLAIMS]
 @pytest.fixture(scope="module")
 def material(tiny_run):
     """What all figures need, from the tiny run, which has been measured."""
-    return gather(load_checkpoint(tiny_run / "model.pt"), EVERY, MEASURED)
+    return gather(load_checkpoint(tiny_run / "model.pt"), EVERY, MEASURED, mark="abc123")
 
 
 @pytest.mark.parametrize("name", [*FIGURES, *CLAIMS])
@@ -54,7 +54,7 @@ def test_figure_is_drawn_twice_the_same(name, material, tmp_path):
     assert first == second
     with Image.open(tmp_path / "a" / f"{name}.png") as picture:
         assert picture.width == 1500 and 200 < picture.height < 2000
-        assert "training seed 0, cosine schedule, T = 20" in picture.info["Description"]
+        assert "training seed 0, cosine schedule, T = 20, model abc123" in picture.info["Description"]
 
 
 def test_animation_shows_the_chain(material, tmp_path):
@@ -66,6 +66,7 @@ def test_animation_shows_the_chain(material, tmp_path):
     with Image.open(path) as animation:
         assert animation.n_frames == len(levels) and animation.info["loop"] == 0
         assert b"training seed 0" in animation.info["comment"]
+        assert b"model abc123" in animation.info["comment"]
         animation.seek(len(levels) - 1)
         shown = pil_to_tensor(animation.convert("L"))[0]
     final = to_uint8(material.chain[0][0][0, 0]).float()
@@ -94,14 +95,16 @@ def notes(figure) -> list[str]:
 def test_figures_of_claims_state_what_was_measured(material):
     """The numbers in titles and notes are those of the measurements, not of the blog."""
     # 1/t summed up to 20 is 3.598; half of it is passed between 1/1 + 1/2 + 1/3 and the next.
-    assert titles(script.plot_difficulty(material))[1] == "Half of the loss lies at t below 4"
+    # At t = 19 the mean of 1/14 to 1/20 is 0.0597, at 1 that of 1/1 to 1/6 is 0.408.
+    assert titles(script.plot_difficulty(material)) == [
+        "Loss near t = 1: 7 times that near 19", "Half of the loss lies at t below 4"]
     curve = script.plot_difficulty(material).axes[1].lines[0].get_ydata()
     assert curve[-1] == pytest.approx(1) and curve[0] == pytest.approx(1 / FALLING.sum().item())
     assert titles(script.plot_decided(material)) == [
         "Nine of ten restarts keep the numeral from t = 6 on"]
     assert (script.plot_decided(material).axes[0].lines[3].get_ydata() == 0).all()  # not below
     assert notes(script.plot_noise(material)) == [
-        "spread 0.25\nclear 75%\n40% are 3"] * 4
+        "spread 0.25\nclear 75%\n0-4: 1 1 1 4 0\n5-9: 0 1 1 1 0"] * 4
     assert "digits: 0.3)" in script.plot_noise(material).get_suptitle()
     assert titles(script.plot_copies(material))[1] == (
         "median distance of samples 0.250, of test digits 0.500")
@@ -112,8 +115,8 @@ def test_figures_of_claims_state_what_was_measured(material):
     assert bits.axes[1].lines[0].get_ydata()[-1] == pytest.approx(0.5 + 18 * 0.025)
     assert "1.000 $\\pm$ 0.010" in bits.axes[1].get_legend().get_texts()[0].get_text()
     samplers = script.plot_samplers(material)
-    assert notes(samplers) == ["distance 4.5\n32 in 0.5 s"]  # of 2,000, the most that all have
-    assert "2000 samples" in samplers.get_suptitle() and "1.0)" in samplers.get_suptitle()
+    assert notes(samplers) == ["distance 4.5 of 2,000\n32 in 0.5 s"]  # the most that there are
+    assert "digits: 1.2 of 500, 1.0 of 2,000)" in samplers.get_suptitle()
 
 
 def test_copies_stand_below_their_samples(material):

@@ -1,5 +1,6 @@
 """Every command and every piece of Python that the README shows works, with a small budget."""
 
+import hashlib
 import importlib
 import re
 import shlex
@@ -15,17 +16,26 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[str]:
-    """What follows "python" in each line of the README's bash blocks, without comments."""
+    """What follows "python" in each line of the README's bash blocks, without comments, and the
+    calls of the five scripts in its text."""
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).splitlines()
     return [found[1].strip() for line in lines
-            if (found := re.search(r"\.venv/bin/python ([^#]+)", line))]
+            if (found := re.search(r"\.venv/bin/python ([^#]+)", line))] + re.findall(
+        r"`(?:python )?((?:train|sample|plots)\.py [^`]+)`", TEXT.replace("\n", " "))
+
+
+def tools() -> list[str]:
+    """The calls of scripts under tests/ in the text."""
+    return re.findall(r"`python (tests/\w+\.py[^`]*)`", TEXT.replace("\n", " "))
 
 
 def test_readme_shows_the_commands_that_matter():
     """Training, sampling, drawing and the tests are among them."""
     shown = " ".join(commands())
-    for name in ("train.py", "sample.py", "plots.py", "-m pytest tests"):
+    for name in ("train.py", "sample.py", "plots.py", "-m pytest tests", "--variance zero"):
         assert name in shown
+    assert {call.split()[0] for call in tools()} == {
+        f"tests/{name}.py" for name in ("seeds", "measure", "bound", "ablations", "benchmark")}
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
@@ -58,6 +68,20 @@ def test_command_of_the_readme_works(command, tiny_run, tmp_path, monkeypatch, c
     assert capsys.readouterr().out and any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", sorted(set(tools())))
+def test_tool_of_the_readme_works(command, monkeypatch, capsys):
+    """It takes the options that are given and, asked for no more than its table, prints the one in
+    the README; the benchmark measures once."""
+    name, *given = shlex.split(command)
+    script = importlib.import_module(Path(name).stem)
+    budget = ["--rounds", "1", "--device", "cpu"] if name == "tests/benchmark.py" else ["--table"]
+    monkeypatch.setattr(sys, "argv", [name, *given, *budget])
+    script.main()
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert "\n".join(rows) in TEXT and (rows or "ours takes" in shown)
+
+
 def test_python_of_the_readme_works(capsys):
     """The example of the contract prints a line for each step; the exercise ends with digits."""
     contract, exercise = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -77,6 +101,17 @@ def test_pictures_of_the_readme_are_there():
     """Each picture that the README shows is in the repository, and each figure is shown."""
     shown = set(re.findall(r"\]\((figures/[^)]+)\)", TEXT))
     assert shown == {f"figures/{path.name}" for path in (ROOT / "figures").iterdir()}
+
+
+def test_animation_is_small_enough_to_load():
+    """Below two megabytes."""
+    assert (ROOT / "figures" / "animation.gif").stat().st_size < 2_000_000
+
+
+def test_model_card_is_of_the_shipped_model():
+    """Its size in thousands of bytes and its SHA-256."""
+    model = (ROOT / "pretrained" / "model.pt").read_bytes()
+    assert f"{len(model) / 1000:,.0f} kB" in TEXT and hashlib.sha256(model).hexdigest() in TEXT
 
 
 def test_scripts_of_the_readme_are_there():

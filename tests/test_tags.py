@@ -40,8 +40,8 @@ FORMULAS = {
     "Attention section 3.5": r"$\sin\omega_i t$ and $\cos\omega_i t$, $\omega_i$ from 1 to $10^{-4}$",
     "DDIM Eq. 12": r"$x_s=\sqrt{\bar\alpha_s}\ \hat x_0+\sqrt{1-\bar\alpha_s-\sigma^2}\ \hat\epsilon+\sigma z$",
     "DDIM Eq. 16": r"$\sigma^2=\eta^2\tilde\beta_t$",
-    "DPM-Solver++ Algorithm 2": r"$\hat x_0+\frac{u_s-u_t}{2(u_t-u_r)}(\hat x_0-\hat x_0^{r})$, "
-                                r"$r$ the step before",
+    "DPM-Solver++ Algorithm 2": r"$\hat x_0+\frac{u_s-u_t}{2(u_t-u_b)}(\hat x_0-\hat x_0^{b})$, "
+                                r"$b$ the step before",
     "IDDPM Eq. 17": r"$\bar\alpha_t=f(t)/f(0)$, $f(t)=\cos^2\left(\frac{t/T+s}{1+s}\frac{\pi}{2}\right)$",
     "IDDPM section 4": r"a longer step has $\alpha=\bar\alpha_t/\bar\alpha_s$",
     "VDM Eq. 2": r"$\mathrm{SNR}(t)=\bar\alpha_t/(1-\bar\alpha_t)$",

@@ -400,8 +400,12 @@ def test_validation_images_are_kept_out_of_training(tmp_path, monkeypatch):
 
 def test_existing_run_is_not_overwritten(tmp_path, tiny_run):
     """A new run into the folder of another is refused; so is resuming with another option."""
-    with pytest.raises(ValueError, match="--resume"):
-        script.train(Config(out=str(tiny_run)))
+    for folder, file in ((tmp_path / "a", "last.pt"), (tmp_path / "b", "model.pt")):
+        folder.mkdir()
+        (folder / file).write_bytes((tiny_run / file).read_bytes())  # one of the two is enough
+        with pytest.raises(ValueError, match=f"--resume --out {folder}"):
+            script.train(small(folder), images=IMAGES)
+        assert [path.name for path in folder.iterdir()] == [file]
     with pytest.raises(ValueError, match="has T = 20, not 1000"):
         script.train(Config(epochs=1, batch_size=8, schedule="cosine", out=str(tiny_run),
                             device="cpu"), resume=True, images=IMAGES)
@@ -451,15 +455,19 @@ def test_model_file_holds_the_averaged_weights(tiny_run):
 
 
 def test_model_file_holds_its_schedule(tmp_path, monkeypatch):
-    """A model trained with some betas is sampled with them, also after the defaults of schedule.py
-    were changed."""
-    script.train(small(tmp_path, epochs=1), images=IMAGES)
+    """A model trained with some betas is sampled with them, and a run that was stopped goes on with
+    them, also after the defaults of schedule.py were changed, if need be to impossible ones."""
+    script.train(small(tmp_path), images=IMAGES, stop=[True])
     before = load_checkpoint(tmp_path / "model.pt").schedule
-    changed = (1000, "linear", 1e-4, 0.03, False)
-    monkeypatch.setattr(script.NoiseSchedule.__init__, "__defaults__", changed)
-    assert script.NoiseSchedule().beta[-1] == 0.03
-    after = load_checkpoint(tmp_path / "model.pt").schedule
-    assert torch.equal(after.beta, before.beta) and after.beta[-1] == 0.02
+    for beta_end in (0.03, 0.001):
+        changed = (1000, "linear", 1e-4, beta_end, False)
+        monkeypatch.setattr(script.NoiseSchedule.__init__, "__defaults__", changed)
+        after = load_checkpoint(tmp_path / "model.pt").schedule
+        assert torch.equal(after.beta, before.beta) and after.beta[-1] == 0.02
+    with pytest.raises(ValueError, match="of the image is left"):
+        script.train(small(tmp_path / "new"), images=IMAGES)
+    script.train(small(tmp_path), resume=True, images=IMAGES)
+    assert torch.equal(load_checkpoint(tmp_path / "model.pt").schedule.beta, before.beta)
 
 
 def test_network_is_made_for_the_size_of_the_images(tmp_path):

@@ -213,7 +213,7 @@ def test_only_halving_tells_where_a_place_is(seed, size):
     """Of an image that is the same everywhere, the convolution of stride 2 makes one that is the
     same everywhere but at the rim, where it meets zeros; the learned image makes the difference.
 
-    [Attention section 3.5] has learned positions as one of two ways.
+    Attention, section 3.5, has learned positions as one of two ways.
     """
     halve = seeded(lambda: script.Halve(4, 6, 7), seed, redraw=True)
     flat = normal(seed, 2, 4, 1, 1).expand(2, 4, size, size)
@@ -346,9 +346,10 @@ def test_networks_of_other_sizes_work(sizes):
 def test_auto_is_the_first_device_there_is(cuda, mps, first, monkeypatch):
     """cuda before mps before cpu; one that is not there is refused, with those that are."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert pick_device("auto").type == first
-    there = {"cuda": cuda, "cuda:1": cuda, "mps": mps, "cpu": True, "abacus": False}
+    there = {"cuda": cuda, "cuda:1": cuda, "cuda:2": False, "mps": mps, "cpu": True, "abacus": False}
     for name, here in there.items():
         if here:
             assert pick_device(name) == torch.device(name)

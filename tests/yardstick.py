@@ -37,6 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from plots import fingerprint  # noqa: E402
 from sample import SAMPLERS, VARIANCES, open_checkpoint, sample, to_uint8  # noqa: E402
 from train import from_uint8, load_images, save  # noqa: E402
 from unet import pick_device  # noqa: E402
@@ -151,7 +152,8 @@ def real_floor(classifier: nn.Sequential, known: torch.Tensor, reference: tuple,
                generator: torch.Generator) -> torch.Tensor:
     """How much chance there is in a distance: those of up to ten sets of `count` real images, no two
     with an image in common."""
-    sets = known[torch.randperm(len(known), generator=generator)].split(count)[:10]
+    sets = known[torch.randperm(len(known), generator=generator)].split(count)
+    sets = [part for part in sets if len(part) == count][:10]
     return torch.tensor([frechet_distance(look(classifier, part)[0], reference[0]) for part in sets])
 
 
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:26}{row['distance']:9.2f}{row['confident']:11.1%}{row['chi2']:9.1f}"
               f"{row['nearest'] or 0:9.3f}   {' '.join(map(str, row['classes']))}")
         if args.out and name == "samples":
-            row |= {"model": path.name, "sampler": args.sampler, "variance": args.variance,
+            row |= {"model": fingerprint(path), "sampler": args.sampler, "variance": args.variance,
                     "steps": args.steps}
             with open(args.out, "a") as file:
                 file.write(json.dumps(row) + "\n")
