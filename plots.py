@@ -93,7 +93,7 @@ def picture_rows(title: str, rows: list[tuple[str, torch.Tensor, str]]) -> Figur
     for ax, (name, images, note) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows):
         tiles(ax, from_uint8(images))
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
-        ax.text(1.01, 0.5, note, transform=ax.transAxes, va="center", fontsize=10)
+        ax.text(1.01, 0.5, note, transform=ax.transAxes, va="center", fontsize=9)
     return figure
 
 
@@ -281,8 +281,8 @@ def plot_noise(material: Material) -> Figure:
                         ("none", "ddpm 1000, zero"), ("DDIM,\n50 steps", "ddim 50")):
         row, kinds = found[name], [str(count) for count in found[name]["classes"]]
         rows.append((label, row["images"], f"spread {row['spread']:.2g}\n"
-                     f"clear {row['confident']:.0%}\n0-4: {' '.join(kinds[:5])}\n"
-                     f"5-9: {' '.join(kinds[5:])}"))
+                     f"clear {row['confident']:.0%}\n0-4 {' '.join(kinds[:5])}\n"
+                     f"5-9 {' '.join(kinds[5:])}"))
     return picture_rows(f"Variance of the fresh noise; {row['count']} samples by kind (spread of "
                         f"test digits: {found['test images']['spread']:.2g})", rows)
 
@@ -338,13 +338,13 @@ def plot_bits(material: Material) -> Figure:
 
 def plot_samplers(material: Material) -> Figure:
     """The same eight seeds through each sampler. The distance is that of tests/yardstick.py."""
-    found = material.claims["samplers"]
-    rows = [(name, found["images"][name], "distance {1:.1f} of {0:,}\n32 in {2:.2g} s".format(
-        *max(row["distances"].items()), row["seconds"]))
-        for name, row in found["chains"].items() if "," not in name]
+    found, note = material.claims["samplers"], "distance {1:.1f}\nof {0:,} images\n32 in {2:.2g} s"
+    rows = [(name.replace(" ", "\n"), found["images"][name],
+             note.format(*max(row["distances"].items()), row["seconds"]))
+            for name, row in found["chains"].items() if "," not in name]
     real = ", ".join(f"{floor:.1f} of {n:,}" for n, (floor, _) in found["floor"].items())
-    return picture_rows("Samplers and steps; distance to test digits of so many images (of real "
-                        f"digits: {real})", rows)
+    return picture_rows("Samplers, steps, and distance to test digits (that of real digits:\n"
+                        f"{real} images)", rows)
 
 
 FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_loss,

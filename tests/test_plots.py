@@ -104,7 +104,7 @@ def test_figures_of_claims_state_what_was_measured(material):
         "Nine of ten restarts keep the numeral from t = 6 on"]
     assert (script.plot_decided(material).axes[0].lines[3].get_ydata() == 0).all()  # not below
     assert notes(script.plot_noise(material)) == [
-        "spread 0.25\nclear 75%\n0-4: 1 1 1 4 0\n5-9: 0 1 1 1 0"] * 4
+        "spread 0.25\nclear 75%\n0-4 1 1 1 4 0\n5-9 0 1 1 1 0"] * 4
     assert "digits: 0.3)" in script.plot_noise(material).get_suptitle()
     assert titles(script.plot_copies(material))[1] == (
         "median distance of samples 0.250, of test digits 0.500")
@@ -115,8 +115,8 @@ def test_figures_of_claims_state_what_was_measured(material):
     assert bits.axes[1].lines[0].get_ydata()[-1] == pytest.approx(0.5 + 18 * 0.025)
     assert "1.000 $\\pm$ 0.010" in bits.axes[1].get_legend().get_texts()[0].get_text()
     samplers = script.plot_samplers(material)
-    assert notes(samplers) == ["distance 4.5 of 2,000\n32 in 0.5 s"]  # the most that there are
-    assert "digits: 1.2 of 500, 1.0 of 2,000)" in samplers.get_suptitle()
+    assert notes(samplers) == ["distance 4.5\nof 2,000 images\n32 in 0.5 s"]  # the most that there are
+    assert "digits:\n1.2 of 500, 1.0 of 2,000 images)" in samplers.get_suptitle()
 
 
 def test_copies_stand_below_their_samples(material):
