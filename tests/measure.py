@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = args.count, args.few, args.cheap
     out = Path(args.out or path.parent / "claims.pt")
     before = torch.load(out, weights_only=True) if out.exists() else {}
-    if any(part["model"] != fingerprint(path) for part in before.values()):
+    if {part["model"] for part in before.values()} - {fingerprint(path)}:
         parser.error(f"{out} is of another model; name another file by --out, or delete it")
     if not out.parent.is_dir():
         parser.error(f"no folder {out.parent}")
