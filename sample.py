@@ -2,18 +2,16 @@
 
     python sample.py                                 32 digits from seeds 0..31, as a 4x8 picture
     python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
-    python sample.py --sampler dpm++                 in 20 steps instead of 1,000
+    python sample.py --sampler sde-dpm++             in 20 steps instead of 1,000
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
 
-Start from pure noise x_T and take T steps. Apart from clipping, explained below, each is a step of
-Algorithm 2 of [DDPM]:
+Start from pure noise x_T and take T steps of Algorithm 2 of [DDPM], but clip x̂₀ (see below):
 
     1. the network guesses the noise in x_t:             ε̂ = ε_θ(x_t, t)
     2. which implies a guess at the clean image:         x̂₀ = (x_t - √(1-ᾱ_t) ε̂) / √ᾱ_t
     3. if x̂₀ were the truth, one step back would be drawn from q(x_{t-1} | x_t, x̂₀), a Gaussian
        whose mean μ̃_t and variance β̃_t are known (schedule.py, section 3)
-    4. draw from it:                                     x_{t-1} = μ̃_t + σ_t z,   z ~ N(0, 1)
-       with σ_t² = β̃_t, or as --variance says
+    4. draw from it:                                     x_{t-1} = μ̃_t + √β̃_t z,   z ~ N(0, 1)
 
 Why 1,000 steps, if line 2 of each already guesses the clean image? Because at large t the guess is
 poor. The best answer in squared error is a mean, here of the noise given x_t. As x̂₀ is linear in
@@ -29,11 +27,11 @@ Say the data are Gaussian of mean 0 and variance λ². Then x_t has variance v_t
 a perfect ε̂ is √(1-ᾱ_t) x_t/v_t, covariance over variance. As v_t - β_t = α_t v_{t-1}, the mean, if
 not clipped, is √α_t v_{t-1}/v_t times x_t. In T steps: √ᾱ_T λ²/v_T, or 0.006 λ². So x₀ is nearly 0.
 
-Which σ_t²? Best for the bound ("optimal" in README.md) is β̃_t plus the mean squared error that not
-knowing x₀ leaves in μ̃_t. If x₀ is one known point, that error is 0 and β̃_t is exact. If the data
-are standard normal, β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have variance at most 1, so
-even a linear guess at x₀ errs no more than for noise, and the best σ_t² lies between. It matters at
-small t: β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100. Last-step noise would stay on x₀.
+Is β̃_t the best variance σ_t² in line 4? For the bound ("optimal" in README.md), the mean squared
+error that not knowing x₀ leaves in μ̃_t is to be added. If x₀ is one known point, it is 0, and β̃_t
+is exact. If the data are standard normal, β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have
+variance at most 1, so even a linear guess at x₀ errs no more than for noise, and the best σ_t² lies
+between. β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100. Last-step noise would stay on x₀.
 
 Why clip x̂₀ to [-1, 1]? Pixels cannot lie outside. At t = T a mistake of 0.01 in ε̂ moves x̂₀ by
 1.6. One step goes only a little way towards x̂₀, but mistakes of the same sign in many steps add
@@ -46,7 +44,9 @@ FEWER STEPS. DDIM goes from t to any s < t by noising x̂₀ anew, with the nois
 Then x₀ is a function of x_T, and ever shorter steps approach a curve, the solution of an ODE. Let
 r = √ᾱ/√(1-ᾱ) = √SNR, u = log r. As x_t/√(1-ᾱ_t) = r_t x̂₀ + ε̂, a step adds (r_s - r_t) x̂₀ to it
 and ends on the curve if x̂₀ stays as it is. DPM-Solver++ lets x̂₀ go on changing as in the step
-before, in equal steps of u. For Gaussian data 10 are worth 50 of DDIM's; not so here (README.md).
+before, in equal steps of u. For Gaussian data, 10 are worth 50 of DDIM's. But a network errs, and
+ε̂ carries its mistakes on, where line 4 draws fresh noise. SDE-DPM-Solver++ does both: x̂₀ goes
+on changing, and fresh noise is drawn. Here 20 steps, equal in t, are as good as 1,000 (README.md).
 
 ONE SEED, ONE DIGIT. Each image takes all its noise from a generator of its own, on the CPU. So seed
 7 gives the same image, up to rounding, alone or among others, and has the same noise on any device.
@@ -75,7 +75,7 @@ from train import DATASETS, HERE, Checkpoint, load_checkpoint
 from unet import pick_device
 
 VARIANCES = ("beta_tilde", "beta", "zero")
-SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm++": 20}  # and their steps, or T if that is less
+SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm++": 20, "sde-dpm++": 20}  # their steps, at most T
 SHIPPED = HERE / "pretrained" / "model.pt"
 
 
@@ -131,17 +131,19 @@ def ddim_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.T
     return schedule.q_sample(x0_hat, t_prev, eps_hat)
 
 
-def dpm_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.Tensor, t_prev: int,
-             before: tuple[int, torch.Tensor] | None) -> torch.Tensor:
+def dpm_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.Tensor,
+             noise: torch.Tensor, t_prev: int, before: tuple[int, torch.Tensor] | None,
+             eta: float = 0.0) -> torch.Tensor:
     """A DDIM step whose x̂₀ is extrapolated from two (2M).           [DPM-Solver++ Algorithm 2]
 
     before  t and x0_hat of the step before; None in the first step, which is one of DDIM
+    eta     as in ddim_step: 0 makes it a step of DPM-Solver++(2M), 1 of SDE-DPM-Solver++(2M)
     """
     if before is not None and t_prev > 0:  # the last step takes x̂₀ as it is
         u, u_next, u_before = (0.5 * schedule.snr(s).log().item() for s in (t, t_prev, before[0]))
         # A straight line through both predictions, read off in the middle of the step to come.
         x0_hat = x0_hat + (u_next - u) / (2 * (u - u_before)) * (x0_hat - before[1])
-    return ddim_step(schedule, xt, t, x0_hat, xt, t_prev)  # fresh noise is not used: eta is 0
+    return ddim_step(schedule, xt, t, x0_hat, noise, t_prev, eta)
 
 
 def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None = None,
@@ -173,11 +175,10 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     model     called as model(xt, t) with t in 1..T, (B,) integers; used in eval mode
     schedule  the schedule the model was trained with
     seeds     B integers; image k depends on seeds[k] alone
-    sampler   "ddpm", the ancestral sampler; for fewer steps "ddim", with eta as in ddim_step, and
-              "dpm++"
+    sampler   "ddpm", the ancestral sampler; for fewer steps "ddim", with eta as in ddim_step,
+              "dpm++" and, with fresh noise, "sde-dpm++"
     variance  as in p_step, for ddpm
-    steps     1..T; None takes all T with ddpm, 50 with ddim, 20 with dpm++. With fewer, ddpm takes
-              the steps from s + 1 to t as one, with α = ᾱ_t / ᾱ_s         [IDDPM section 4]
+    steps     1..T; None is as in SAMPLERS. From t to s, ddpm has α = ᾱ_t/ᾱ_s  [IDDPM section 4]
     clip      clip x̂₀ to [-1, 1] in every step
     start     (t, xt) begins with these images at noise level t instead of with pure noise, and
               takes as many steps as said above, but at most t
@@ -194,12 +195,12 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
         raise ValueError("no seeds, so nothing to sample, or eta is not between 0 and 1")
     if sampler != "ddpm" and variance != "beta_tilde" or sampler != "ddim" and eta != 0:
         raise ValueError(f"{sampler} has no such choice: variance is one of ddpm, eta of ddim")
+    eta = 1.0 if sampler == "sde-dpm++" else eta
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def draw_noise() -> torch.Tensor:
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
     xt, T, before = draw_noise(), schedule.T, None  # x_T
     if start is not None:
         T, xt = start[0], start[1].to(device)
@@ -220,7 +221,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
         elif sampler == "ddim":
             xt = ddim_step(schedule, xt, t, x0_hat, noise, t_prev, eta)
         else:
-            xt, before = dpm_step(schedule, xt, t, x0_hat, t_prev, before), (t, x0_hat)
+            xt, before = dpm_step(schedule, xt, t, x0_hat, noise, t_prev, before, eta), (t, x0_hat)
     yield 0, xt, xt
 
 
@@ -278,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eta", type=float, default=0.0, help="fresh noise of ddim, 0 to 1 (0)")
     parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde",
                         help="variance of the noise that ddpm adds in each step (beta_tilde)")
-    parser.add_argument("--steps", type=int, metavar="N", help="(all T; ddim 50, dpm++ 20)")
+    parser.add_argument("--steps", type=int, metavar="N", help="(all T; ddim 50, others 20)")
     parser.add_argument("--no-clip", dest="clip", action="store_false", help="do not clip x0_hat")
     parser.add_argument("--checkpoint", metavar="FILE", help="model (your own, else the shipped)")
     parser.add_argument("--out", metavar="PNG", help="picture (samples.png beside the model)")
@@ -306,8 +307,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise OSError(f"cannot write {file}; name another file")
         chain = sample(model, checkpoint.schedule, args.seeds, args.sampler, args.variance,
                        args.steps, args.clip, None, (1, *2 * [model.config["size"]]), args.eta)
-        shown = set(levels[::max(1, len(levels) // 50)]) | {0}  # about 50 frames
-        frames = []
+        shown, frames = set(levels[::max(1, len(levels) // 50)]) | {0}, []  # about 50
         for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
             if args.gif and t in shown:
                 frames.append(draw_grid(images, scale=2))

@@ -50,7 +50,7 @@ CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde", True),
           BLOG: ("ddpm", 1000, "beta_tilde", False),
           f"{BLOG}, clipped": ("ddpm", 1000, "beta_tilde", True)}
 CHAINS |= {f"{sampler} {steps}": (sampler, steps, "beta_tilde", True)
-           for steps in (1000, 50, 20, 10, 5) for sampler in ("ddpm", "ddim", "dpm++")}
+           for steps in (1000, 50, 20, 10, 5) for sampler in ("ddpm", "sde-dpm++", "ddim", "dpm++")}
 SIZES = 200, 500, 1000, 2000  # numbers of images for which distances are given
 
 

@@ -57,7 +57,7 @@ def test_sampling_makes_no_float64_on_the_device():
     with torch.device("meta"):
         model = UNet()
     chains = [dict(variance=variance, clip=variance == "beta") for variance in VARIANCES]
-    chains += [dict(sampler="ddim", eta=0.5), dict(sampler="dpm++"), dict(sampler="dpm++", clip=False)]
+    chains += [dict(sampler="ddim", eta=0.5), dict(sampler="dpm++"), dict(sampler="sde-dpm++", clip=False)]
     with Watch() as watch:
         for options in chains:
             for _ in sample(model, NoiseSchedule(6, "cosine"), [0, 1], steps=4, **options):

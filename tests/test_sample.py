@@ -308,13 +308,14 @@ def test_sampled_moments_equal_the_recursion(mu, lam, variance):
     compare_at_every_t(chain, expected, count)
 
 
-@pytest.mark.parametrize("steps", [None, 7, 3])
-def test_sampled_chain_keeps_the_marginals_of_a_point(steps):
+@pytest.mark.parametrize("sampler, steps", [("ddpm", None), ("ddpm", 7), ("ddpm", 3),
+                                            ("sde-dpm++", 7), ("sde-dpm++", 3)])
+def test_sampled_chain_keeps_the_marginals_of_a_point(sampler, steps):
     """Data always c, sigma^2 = beta_tilde, from q(x_T): N(sqrt(alpha_bar_t) c, 1 - alpha_bar_t).
 
     [DDPM section 3.2] Real sample(), at every t that it visits, with long steps too; at t = 0 every
-    pixel is c. It notices a mean wrong by 5 % of the spread and a variance wrong by 7.1 %; 34
-    numbers have a false alarm with probability 2.3e-7. With sigma^2 = beta the variance is wrong.
+    pixel is c. It notices a mean wrong by 5 % of the spread and a variance wrong by 7.1 %; 54
+    numbers have a false alarm with probability 4e-7. With sigma^2 = beta the variance is wrong.
     """
     c, count = 0.7, 40 * 28 * 28
     # The seed of this noise must not be one of the chain's 0..39, nor so near to the start of one.
@@ -324,13 +325,13 @@ def test_sampled_chain_keeps_the_marginals_of_a_point(steps):
     expected = {t: (math.sqrt(alpha_bar[t]) * c, 1 - alpha_bar[t])
                 for t in ({None: range(10), 7: (9, 7, 6, 4, 3, 1, 0), 3: (7, 3, 0)}[steps])}
 
-    def chain(variance):
-        return sample(Gaussian(STEEP, c, 0.0), STEEP, list(range(40)), variance=variance,
+    def chain(sampler, variance):
+        return sample(Gaussian(STEEP, c, 0.0), STEEP, list(range(40)), sampler, variance,
                       steps=steps, clip=False, start=(10, x_T))
 
-    compare_at_every_t(chain("beta_tilde"), expected, count)
+    compare_at_every_t(chain(sampler, "beta_tilde"), expected, count)
     with pytest.raises(AssertionError, match="variance"):
-        compare_at_every_t(chain("beta"), expected, count)
+        compare_at_every_t(chain("ddpm", "beta"), expected, count)
 
 
 class TwoPoints(Gaussian):
@@ -590,7 +591,7 @@ def test_fewer_steps_run_from_T_to_0(T, data):
     """
     steps = data.draw(st.integers(1, T))
     schedule = NoiseSchedule.from_betas([1e-3] * 1500, allow_signal=True)
-    for sampler in ("ddpm", "ddim"):
+    for sampler in ("ddpm", "ddim", "sde-dpm++"):
         levels = timesteps(schedule, sampler, steps, T)
         assert levels[0] == T and levels[-1] == 0 and len(levels) == steps + 1
         assert all(a > b for a, b in zip(levels, levels[1:]))
@@ -682,7 +683,7 @@ def test_ddim_step_is_the_papers(drawn, seed, eta):
 def test_ddim_with_fresh_noise_is_the_ancestral_step(drawn, seed, clip):
     """eta = 1 is the step of ddpm with beta_tilde, with the same noise, clipped or not.
 
-    [DDIM Eq. 16]
+    [DDIM Eq. 16] So is that of the solver, if x0_hat did not change since the step before.
     """
     schedule, t, s = drawn
     xt, eps_hat, z = (normal(seed + k, 2, 1, 3, 3) for k in range(3))
@@ -690,6 +691,8 @@ def test_ddim_with_fresh_noise_is_the_ancestral_step(drawn, seed, clip):
     ddim = ddim_step(schedule, xt, t, x0_hat, z, s, eta=1.0)
     ddpm = p_step(schedule, xt, t, eps_hat, z, s, clip=clip)
     assert (ddim - ddpm).abs().max() < 1e-8 * max(1, x0_hat.abs().max())
+    before = (t + 1, x0_hat) if t < schedule.T else None
+    assert torch.equal(dpm_step(schedule, xt, t, x0_hat, z, s, before, eta=1.0), ddim)
 
 
 class Constant(Gaussian):
@@ -728,29 +731,36 @@ def test_solver_follows_the_paper(schedule, seed, data):
     D = (1 + 1/(2r)) x0_hat - 1/(2r) (x0_hat of the step before), with the lengths h in u and
     r = h_before/h. [DPM-Solver++ Algorithm 2]
 
-    The first step and the last have D = x0_hat, so x_0 = x0_hat at the end.
+    The first step and the last have D = x0_hat, so x_0 = x0_hat at the end. With fresh noise, in
+    SDE-DPM-Solver++(2M), x_s = sigma_s/sigma_t e^-h x_t + sqrt(alpha_bar_s) (1 - e^-2h) D
+    + sigma_s sqrt(1 - e^-2h) z.
     """
     before, t, s = sorted(data.draw(st.lists(st.integers(1, schedule.T), min_size=3, max_size=3,
                                              unique=True)), reverse=True) if schedule.T > 2 else (
         None, 2, 1)
-    xt, x0_hat, x0_before = (normal(seed + k, 2, 1, 3, 3) for k in range(3))
+    xt, x0_hat, x0_before, z = (normal(seed + k, 2, 1, 3, 3) for k in range(4))
     alpha_bar = schedule.alpha_bar.tolist()
 
     def u(t):
         return math.log(alpha_bar[t] / (1 - alpha_bar[t])) / 2
 
-    def move(D):
-        ratio = math.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]))
-        return ratio * xt - math.sqrt(alpha_bar[s]) * math.expm1(-(u(s) - u(t))) * D
+    def move(D, eta):
+        ratio, h = math.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t])), u(s) - u(t)
+        if eta == 0:
+            return ratio * xt - math.sqrt(alpha_bar[s]) * math.expm1(-h) * D
+        return (ratio * math.exp(-h) * xt - math.sqrt(alpha_bar[s]) * math.expm1(-2 * h) * D
+                + math.sqrt(-(1 - alpha_bar[s]) * math.expm1(-2 * h)) * z)
 
-    assert (dpm_step(schedule, xt, t, x0_hat, s, None) - move(x0_hat)).abs().max() < 1e-9
-    last_step = dpm_step(schedule, xt, t, x0_hat, 0, (schedule.T, x0_before))
-    assert torch.equal(last_step, x0_hat)
-    if before is not None:
-        r = (u(t) - u(before)) / (u(s) - u(t))
-        D = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * x0_before
-        got = dpm_step(schedule, xt, t, x0_hat, s, (before, x0_before))
-        assert (got - move(D)).abs().max() < 1e-9 * max(1, D.abs().max())
+    for eta in (0.0, 1.0):
+        first = dpm_step(schedule, xt, t, x0_hat, z, s, None, eta)
+        assert (first - move(x0_hat, eta)).abs().max() < 1e-9
+        end = dpm_step(schedule, xt, t, x0_hat, z, 0, (schedule.T, x0_before), eta)
+        assert torch.equal(end, x0_hat)
+        if before is not None:
+            r = (u(t) - u(before)) / (u(s) - u(t))
+            D = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * x0_before
+            got = dpm_step(schedule, xt, t, x0_hat, z, s, (before, x0_before), eta)
+            assert (got - move(D, eta)).abs().max() < 1e-9 * max(1, D.abs().max())
 
 
 # Data with the mean and the variances of MNIST along its 784 principal axes: see spectrum.py.
@@ -819,6 +829,52 @@ def test_golden_distances_of_the_solver(steps, golden):
     assert distance(*real_map(LINEAR, "ddim", 5 * steps)) > golden
 
 
+def steps_with_noise(levels: list[int], solver: bool) -> torch.Tensor:
+    """Var x_0 of a chain of real steps with all fresh noise, started from a standard normal x_T.
+
+    The chain is linear in its S + 1 noises. So image k is given 1 for noise k and 0 for the others,
+    and the squares of what comes out are summed.
+    """
+    model, before = Gaussian(LINEAR, 0.0, LAM), None
+    ones = torch.eye(len(levels), dtype=torch.float64)[:, :, None, None, None].expand(
+        -1, -1, 1, 28, 28)  # noise j is ones[:, j]
+    x = ones[:, 0]
+    for j, (t, s) in enumerate(zip(levels, levels[1:]), start=1):
+        x0_hat = LINEAR.predict_x0(x, t, model(x, torch.full((len(x),), t)))
+        x, before = dpm_step(LINEAR, x, t, x0_hat, ones[:, j], s, before, eta=1.0), (
+            (t, x0_hat) if solver else None)
+    return x.square().sum(dim=0)[0]
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+def test_variance_of_the_solver_with_noise_follows_its_recursion(steps):
+    """Steps of sde-dpm++ on Gaussian data with MNIST's spectrum: the variance is that of x' = A x +
+    B q + f z, where q is the x0_hat of the step before, to 1e-10.
+
+    With P = Var x, C = Cov(x, q), Q = Var q and x0_hat = g x, a step makes of them
+    A^2 P + 2 A B C + B^2 Q + f^2, g (A P + B C) and g^2 P. Its distance from the data is at most 0.75
+    of that of as many steps of ddpm, where q has no part.
+    """
+    levels, alpha_bar = timesteps(LINEAR, "sde-dpm++", steps), LINEAR.alpha_bar.tolist()
+    u = [math.log(a / (1 - a)) / 2 if a < 1 else math.inf for a in alpha_bar]
+    P, C, Q, before = torch.ones_like(LAM), 0.0, 0.0, None
+    for t, s in zip(levels, levels[1:]):
+        now, then = alpha_bar[t], alpha_bar[s]
+        g = math.sqrt(now) * LAM / (now * LAM + 1 - now)
+        k = 0.0 if before is None or s == 0 else (u[s] - u[t]) / (u[t] - u[before]) / 2
+        f2 = (1 - then) / (1 - now) * (1 - now / then)  # beta_tilde
+        r = math.sqrt((1 - then - f2) / (1 - now)) if s > 0 else 0.0
+        D = math.sqrt(then) - r * math.sqrt(now)
+        A, B = r + D * g * (1 + k), -D * k
+        P, C, Q = A**2 * P + 2 * A * B * C + B**2 * Q + f2, g * (A * P + B * C), g**2 * P
+        before = t
+    got = steps_with_noise(levels, solver=True)
+    assert (got - P).abs().max() < 1e-10
+    ours, plain = ((v.sqrt() - LAM.sqrt()).square().mean().sqrt().item()
+                   for v in (got, steps_with_noise(levels, solver=False)))
+    assert ours < 0.75 * plain
+
+
 def test_order_of_the_samplers():
     """On one grid in u, the error of DDIM falls with the length of the steps, that of the solver
     with its square: by 2 and by 4 for twice as many steps.
@@ -871,7 +927,9 @@ def test_few_steps_are_chained_with_the_noise_of_the_seed(schedule, seed, sample
             assert torch.equal(x0_hat, implied.clamp(-1, 1) if clip else implied)
             x = {"ddpm": lambda: p_step(schedule, xt, t, eps_hat, z, s, clip=clip),
                  "ddim": lambda: ddim_step(schedule, xt, t, x0_hat, z, s, eta),
-                 "dpm++": lambda: dpm_step(schedule, xt, t, x0_hat, s, before)}[sampler]()
+                 "dpm++": lambda: dpm_step(schedule, xt, t, x0_hat, z, s, before),
+                 "sde-dpm++": lambda: dpm_step(schedule, xt, t, x0_hat, z, s, before, 1.0),
+                 }[sampler]()
             before = t, x0_hat
     assert t == 0
 
@@ -968,7 +1026,7 @@ def test_options_reach_the_sampler(tiny_run, tmp_path):
     assert (tile - draw(**wanted).float()).abs().max() <= 1.01
     for name, other in (("variance", "beta"), ("steps", 6), ("clip", True)):
         assert (tile - draw(**{**wanted, name: other}).float()).abs().max() > 1.01
-    for sampler, eta in (("ddim", 0.5), ("dpm++", 0.0)):
+    for sampler, eta in (("ddim", 0.5), ("dpm++", 0.0), ("sde-dpm++", 0.0)):
         script.main(["--checkpoint", str(tiny_run / "model.pt"), "--seeds", "5,9", "--out",
                      str(out), "--device", "cpu", "--sampler", sampler, "--eta", str(eta),
                      "--steps", "6"])

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=500, help="number N of images a set (500)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
     parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde")
-    parser.add_argument("--steps", type=int, default=None, help="(ddpm all T, ddim 50, dpm++ 20)")
+    parser.add_argument("--steps", type=int, default=None, help="(ddpm all T, ddim 50, others 20)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--train", action="store_true", help="train the classifier anew")
     parser.add_argument("--out", help="add the numbers to this file, a JSON object a line")
