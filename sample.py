@@ -65,7 +65,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -175,8 +175,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     model     called as model(xt, t) with t in 1..T, (B,) integers; used in eval mode
     schedule  the schedule the model was trained with
     seeds     B integers; image k depends on seeds[k] alone
-    sampler   "ddpm", the ancestral sampler; for fewer steps "ddim", with eta as in ddim_step,
-              "dpm++" and, with fresh noise, "sde-dpm++"
+    sampler   "ddpm" (ancestral), or in fewer steps "ddim" (with eta), "dpm++", "sde-dpm++"
     variance  as in p_step, for ddpm
     steps     1..T; None is as in SAMPLERS. From t to s, ddpm has α = ᾱ_t/ᾱ_s  [IDDPM section 4]
     clip      clip x̂₀ to [-1, 1] in every step
@@ -265,9 +264,10 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def draw_grid(images: torch.Tensor, scale: int = 4) -> Image.Image:
-    """Images (B, 1, H, W) in [-1, 1] as one picture, eight to a row, in enlarged pixels."""
-    from torchvision.utils import make_grid  # here, because it takes seconds to import
-    grid = make_grid(to_uint8(images.cpu()), nrow=8, padding=1, pad_value=64)[0]  # (H, W)
+    """Images (B, 1, H, W) in [-1, 1], eight to a row, enlarged (make_grid takes long to import)."""
+    columns, pad = min(8, len(images)), torch.nn.functional.pad
+    cells = pad(to_uint8(images.cpu()), (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=64)
+    grid = pad(rearrange(cells, "(r c) 1 h w -> (r h) (c w)", c=columns), (1, 0, 1, 0), value=64)
     return Image.fromarray(repeat(grid, "h w -> (h i) (w j)", i=scale, j=scale).numpy())
 
 

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
 
 import sample as script
 import train
@@ -965,6 +966,16 @@ def test_seeds_are_numbers_and_ranges():
                  "0-10000", "7,0-9999"):
         with pytest.raises(argparse.ArgumentTypeError):
             parse_seeds(text)
+
+
+@pytest.mark.parametrize("count, scale", [(2, 4), (8, 1), (13, 2), (16, 1)])
+def test_grid_is_that_of_torchvision(count, scale):
+    """Eight to a row, lines of one pixel of grey 64 between and around, each pixel enlarged."""
+    images = normal(0, count, 1, 6, 5)
+    expected = make_grid(to_uint8(images), nrow=8, padding=1, pad_value=64)[0]
+    expected = expected.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    assert torch.equal(pil_to_tensor(script.draw_grid(images, scale))[0], expected)
+
 
 
 def test_command_writes_a_picture(tiny_run, tmp_path, capsys):

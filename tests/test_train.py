@@ -61,6 +61,22 @@ def test_images_are_read_as_they_are(tmp_path):
         assert got.dtype == torch.uint8
 
 
+def test_builtin_digits_shown_in_training_are_not_those_held_out(monkeypatch):
+    """As many as in MNIST, and the two parts are drawn with different seeds."""
+    monkeypatch.setattr(script.runpy, "run_path", lambda path: {
+        "builtin_digits": lambda count, seed: (count, seed)})
+    (count, seed), (held_count, held_seed) = (load_images("", part, "builtin")
+                                              for part in (True, False))
+    assert (count, held_count) == (60_000, 10_000) and seed != held_seed
+
+
+def test_limits_of_the_options_leave_room():
+    """MNIST whole, with its usual 5,000 held out, long runs, and no clipping are allowed."""
+    config = Config(images=60_000, val_images=5_000, epochs=1_000, batch_size=60_000, T=4_000,
+                    lr=1, warmup=1, ema=0.9999, clip=math.inf, seed=2**63 - 1)
+    assert config.images == 60_000
+
+
 def no_network(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise URLError("no route to host")
