@@ -42,8 +42,11 @@ SPECTRUM = ROOT / "pretrained" / "spectrum.json"  # written by spectrum.py
 # The blog's network with the blog's recipe, if tests/ablations.py has trained it.
 BLOG_ROW = "the blog's network and recipe"
 BLOG = "the blog's network, ddpm 1000"
+# Digits are noised again, up to these shares of T, and taken back in ten steps each time.
+RESTARTED, RESTARTS = "sde-dpm++ 20, restarted", (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
 # Name of a chain -> sampler, steps, variance, clip.
 CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde", True),
+          RESTARTED: ("sde-dpm++", 20, "beta_tilde", True),
           "ddpm 1000, not clipped": ("ddpm", 1000, "beta_tilde", False),
           "ddpm 1000, beta": ("ddpm", 1000, "beta", True),
           "ddpm 1000, zero": ("ddpm", 1000, "zero", True),
@@ -81,8 +84,23 @@ class Bench:
         """The images of these seeds by a chain, uint8 (N, 1, 28, 28)."""
         sampler, steps, variance, clip = CHAINS[name]
         checkpoint = ablations.load(BLOG_ROW, self.blog) if BLOG in name else self.checkpoint
-        return draw_samples(checkpoint, seeds, self.device, sampler=sampler, variance=variance,
-                            steps=min(steps, checkpoint.schedule.T), clip=clip)
+        images = draw_samples(checkpoint, seeds, self.device, sampler=sampler, variance=variance,
+                              steps=min(steps, checkpoint.schedule.T), clip=clip)
+        return self.restart(images, seeds) if name == RESTARTED else images
+
+    def restart(self, images: torch.Tensor, seeds: range) -> torch.Tensor:
+        """Restart sampling (Xu et al. 2023): the mistakes of a chain fade if it is run again from
+        the middle. All noise is that of other seeds, a million apart."""
+        schedule = self.checkpoint.schedule
+        for k, share in enumerate(RESTARTS, start=1):
+            others, t = [seed + k * 10**6 for seed in seeds], max(1, round(share * schedule.T))
+            # The first draw of each seed would be x_T. sample() skips it here, and takes the next.
+            first = [torch.Generator().manual_seed(seed) for seed in others]
+            eps = torch.stack([torch.randn(images.shape[1:], generator=g) for g in first])
+            start = t, schedule.q_sample(from_uint8(images), t, eps)
+            *_, (_, x, _) = sample(self.model, schedule, others, "sde-dpm++", steps=10, start=start)
+            images = to_uint8(x.cpu())
+        return images
 
     def draw(self, name: str, count: int) -> torch.Tensor:
         """The images of seeds 0..count-1; those drawn before are read from a file."""

@@ -123,6 +123,22 @@ def test_samples_are_those_of_their_seeds_and_are_kept(bench):
     assert torch.equal(bench.draw("ddim 5", 3), images[:3]) and file.read_bytes() == before
 
 
+def test_restart_goes_on_from_the_digit_it_is_given(bench, monkeypatch):
+    """Six times up to 0.4 T or 0.3 T and back, by steps of sde-dpm++: what comes out depends on the
+    digit and its seed alone, and on both. A network that is sure of one image ends at that image."""
+    images, levels = bench.draw("ddpm 1000", 8), []
+    whole = bench.restart(images, range(8)).int()
+    assert (whole[2:4] - bench.restart(images[2:4], range(2, 4)).int()).abs().max() <= 1
+    for other in (bench.restart(images[2:4], range(4, 6)), bench.restart(images[4:6], range(2, 4))):
+        assert (whole[2:4] - other.int()).abs().max() > 10
+    sure = Constant(bench.checkpoint.schedule, 0.3, 0.0)
+    sure.register_forward_pre_hook(lambda module, given: levels.append(int(given[1][0])))
+    monkeypatch.setattr(bench, "model", sure)
+    assert (bench.restart(images, range(8)) == round(1.3 * 127.5)).all()
+    T = bench.checkpoint.schedule.T
+    assert T == 20 and levels == 3 * [8, 7, 6, 5, 4, 3, 2, 1] + 3 * [6, 5, 4, 3, 2, 1]
+
+
 def test_a_certain_network_decides_at_once(bench, monkeypatch):
     """If the prediction is always one image, every restart ends there, whatever t: all numerals
     agree. As the originals are all alike, there is no difference of unrelated chains to share."""
