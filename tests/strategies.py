@@ -63,11 +63,12 @@ def same_state(a: Path, b: Path) -> bool:
     return equal(*(torch.load(path, weights_only=True) for path in (a, b)))
 
 
-def write_mnist(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Write images and labels as both splits of MNIST, in its own file format (IDX)."""
+def write_mnist(folder: Path, images: torch.Tensor, labels: torch.Tensor,
+                splits: tuple[str, ...] = ("train", "t10k")) -> None:
+    """Write images and labels as both splits of MNIST, or one, in its own file format (IDX)."""
     raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split in ("train", "t10k"):
+    raw.mkdir(parents=True, exist_ok=True)
+    for split in splits:
         head = struct.pack(">IIII", 0x803, len(images), images.shape[2], images.shape[3])
         (raw / f"{split}-images-idx3-ubyte").write_bytes(head + images.numpy().tobytes())
         head = struct.pack(">II", 0x801, len(labels))

@@ -3,6 +3,7 @@
 import math
 import pickle
 import shutil
+import time
 from collections import Counter
 from urllib.error import URLError
 
@@ -258,6 +259,19 @@ def test_evaluation_shows_every_t_equally_often():
 
 
 # ------------------------------------------------------------------------------------- whole runs
+
+def test_run_learns_the_training_images_and_is_held_to_the_test_images(tmp_path):
+    """MNIST's two parts, 24 and 8 images: three steps of 8, and the loss that evaluate() finds for
+    the other 8. The seconds are those that passed."""
+    begun, test_images = time.perf_counter(), pictures(8, size=8, seed=1)
+    write_mnist(tmp_path, pictures(24, size=8), torch.zeros(24))
+    write_mnist(tmp_path, test_images, torch.zeros(8), splits=("t10k",))
+    history = script.train(small(tmp_path / "run", data=str(tmp_path), epochs=2))
+    assert len(history["step_loss"]) == 6
+    model, schedule, *_ = load_checkpoint(tmp_path / "run" / "model.pt")
+    assert math.isclose(history["held_out"][1], evaluate(model, schedule, test_images), rel_tol=1e-6)
+    assert 0 < min(history["seconds"]) and sum(history["seconds"]) < time.perf_counter() - begun
+
 
 def test_loss_falls(tmp_path):
     """200 steps on generated pictures bring the training loss from 1 to below 0.1.
