@@ -51,9 +51,8 @@ on changing, and fresh noise is drawn. Here 20 steps, equal in t, are as good as
 ONE SEED, ONE DIGIT. Each image takes all its noise from a generator of its own, on the CPU. So seed
 7 gives the same image, up to rounding, alone or among others, and has the same noise on any device.
 
-Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv
-2102.09672. [DDIM] Song, Meng and Ermon 2021, arXiv 2010.02502. [DPM-Solver++] Lu et al. 2022, arXiv
-2211.01095.
+Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [IDDPM] Nichol, Dhariwal 2021, arXiv 2102.09672.
+[DDIM] Song et al. 2021, arXiv 2010.02502. [DPM-Solver++] Lu et al. 2022, arXiv 2211.01095.
 """
 
 import argparse
@@ -200,6 +199,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 
     def draw_noise() -> torch.Tensor:
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
     xt, T, before = draw_noise(), schedule.T, None  # x_T
     if start is not None:
         T, xt = start[0], start[1].to(device)
