@@ -696,6 +696,21 @@ def test_ddim_with_fresh_noise_is_the_ancestral_step(drawn, seed, clip):
     assert torch.equal(dpm_step(schedule, xt, t, x0_hat, z, s, before, eta=1.0), ddim)
 
 
+@pytest.mark.parametrize("t", [1, 2, 10])
+def test_chain_with_all_fresh_noise_is_that_of_ddpm(t):
+    """Real sample(), in as many steps from any t: ddim with eta = 1 is ddpm, [DDIM Eq. 16], and so is
+    sde-dpm++ in one step, which has nothing to extrapolate from."""
+    model, xt = Gaussian(STEEP, 0.2, 0.3), normal(7, 2, 1, 4, 4, dtype=torch.float32)
+    for sampler, steps in (("ddim", 1), ("ddim", 5), ("sde-dpm++", 1)):
+        def chain(name, eta):
+            return list(sample(model, STEEP, [3, 4], name, steps=steps, eta=eta, start=(t, xt),
+                               shape=(1, 4, 4)))
+        one, other = chain("ddpm", 0.0), chain(sampler, 1.0 if sampler == "ddim" else 0.0)
+        assert [s for s, _, _ in one] == [s for s, _, _ in other] and one[0][0] == t
+        for (_, x, _), (_, y, _) in zip(one, other):
+            assert (x - y).abs().max() < 1e-5
+
+
 class Constant(Gaussian):
     """A predictor that is sure of one image: its noise is what makes the difference to it."""
 
