@@ -236,10 +236,9 @@ def train(config: Config, resume: bool = False, images: tuple | None = None,
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank == 0 and not resume and (last.exists() or Path(out, "model.pt").exists()):
         raise ValueError(f"{out} holds a run; go on by --resume --out {out}, or name another")
-    if resume:  # with the schedule that it began with, even if schedule.py has changed
-        _, schedule, _, _, state = load_checkpoint(last)
-    else:
-        schedule, state = NoiseSchedule(config.T, config.schedule), {"config": {}}
+    # A run goes on with the schedule that it began with, even if schedule.py has changed.
+    _, schedule, *_, state = load_checkpoint(last) if resume else (
+        None, NoiseSchedule(config.T, config.schedule), {"config": {}})
     if resume and "adam" not in state:
         raise ValueError(f"{last} holds no run that could go on, only a model")
     for name, value in state["config"].items():
@@ -386,14 +385,15 @@ def main(argv: list[str] | None = None) -> None:
                           "built-in digits (--dataset mnist tells why)\n", end="", flush=True)
                     config = Config(**given, dataset="builtin")
             history = train(config, resume, stop=noted)
+            stopped = len(history["loss"]) < config.epochs  # by a signal to any of the processes
             print(notice + (f"stopped at step {len(history['step_loss'])}; to go on, add --resume "
-                            f"--out {config.out}" if noted else "done; now type: python sample.py "
-                            f"--checkpoint {Path(config.out, 'model.pt')}"),
-                  file=sys.stderr if noted else sys.stdout)
+                            f"--out {config.out}" if stopped else "done; now type: python "
+                            f"sample.py --checkpoint {Path(config.out, 'model.pt')}"),
+                  file=sys.stderr if stopped else sys.stdout)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit("train.py: " + str(error).partition("\n")[0])
-    if noted:
-        sys.exit(128 + noted[0])
+    if stopped:
+        sys.exit(128 + (noted or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import gzip
 import importlib
 import os
 import pickle
+import shutil
 import signal
 import socket
 import struct
@@ -337,9 +338,63 @@ def test_any_folder_of_images_can_be_learned(tmp_path):
     assert {(k.item(), grey.item()) for k, grey in found} == {
         (k, 10 * i) for k in (0, 1) for i in range(10)}
     assert 3 < labels[:9].sum() < 7 and labels.tolist() != sorted(labels)
+    shutil.rmtree(tmp_path / "dog")
+    for i in range(1, 10):  # of a single image none is left to train on
+        (tmp_path / "cat" / f"{i}.png").unlink()
+    assert train.load_images(tmp_path, True, "folder")[0].shape == (0, 1, 28, 28)
 
 
 # -------------------------------------------------------------------------------- several processes
+
+def test_signal_in_the_last_step_comes_too_late(place, tmp_path, monkeypatch, capsys):
+    """The run is finished, so it says so, and exits as usual."""
+    update = train.update_average
+
+    def update_and_stop(average, model, step, decay):
+        update(average, model, step, decay)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "update_average", update_and_stop)
+    train.main(["--data", str(place / "mnist"), "--device", "cpu", "--batch-size", "8", "--epochs",
+                "1", "--out", str(tmp_path / "run")])
+    out, err = capsys.readouterr()
+    assert "done; now type" in out and "stopped" not in out + err
+    assert len(train.load_checkpoint(tmp_path / "run" / "last.pt").history["loss"]) == 1
+
+
+def torchrun(script: Path, *options) -> subprocess.CompletedProcess:
+    """Run a script in two processes, by a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+                           f"--master-port={port}", str(script), *map(str, options)],
+                          capture_output=True, text=True, timeout=200)
+
+
+def test_two_processes_stop_together(place, tmp_path):
+    """If only the second one is told to stop, in its third step, both do after that step, and the
+    first one saves."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+update = train.update_average
+def update_and_stop(average, model, step, decay):
+    update(average, model, step, decay)
+    if step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+train.update_average = update_and_stop
+train.main(sys.argv[1:])
+""")
+    done = torchrun(script, "--data", place / "mnist", "--device", "cpu", "--batch-size", "8",
+                    "--epochs", "50", "--out", tmp_path / "run")
+    assert done.returncode != 0 and "--resume" in done.stdout + done.stderr
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert len(state["history"]["step_loss"]) == 3
+
 
 def test_two_processes_give_the_weights_of_one(place, tmp_path):
     """torchrun with two gloo processes: the losses and weights of a single one, to rounding.
@@ -350,13 +405,7 @@ def test_two_processes_give_the_weights_of_one(place, tmp_path):
     """
     options = ["--data", str(place / "mnist"), "--device", "cpu", "--batch-size", "8", "--epochs",
                "3", "--out"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-                f"--master-port={port}"]
-    done = subprocess.run([*torchrun, str(HERE / "train.py"), *options, str(tmp_path / "two")],
-                          capture_output=True, text=True, timeout=200)
+    done = torchrun(HERE / "train.py", *options, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch  1/3") == 1 and done.stdout.count("done") == 1
     subprocess.run([sys.executable, str(HERE / "train.py"), *options, str(tmp_path / "one")],

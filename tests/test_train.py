@@ -78,6 +78,18 @@ def test_limits_of_the_options_leave_room():
     assert config.images == 60_000
 
 
+@pytest.mark.parametrize("name, last, beyond", [
+    ("epochs", 10**6, 10**6 + 1), ("batch_size", 10**6, 10**6 + 1), ("T", 10**6, 10**6 + 1),
+    ("lr", 1, 1.001), ("lr", 1e-9, 0.999e-9), ("clip", 1e-9, 0.999e-9), ("warmup", 1, 1.001),
+    ("ema", 0.999999, 0.9999999), ("images", 10**9, 10**9 + 1), ("val_images", 10**6, 10**6 + 1),
+    ("seed", 2**63 - 1, 2**63)])
+def test_last_value_of_an_option_is_allowed_and_the_next_is_not(name, last, beyond):
+    """The limits of --help belong to the range, and a slip of the finger beyond is refused."""
+    assert getattr(Config(**{name: last}), name) == last
+    with pytest.raises(ValueError, match=f"{name} must be between"):
+        Config(**{name: beyond})
+
+
 def no_network(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise URLError("no route to host")

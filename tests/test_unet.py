@@ -1,7 +1,9 @@
 """The laws of the network: its size, its wiring, and what it must not depend on."""
 
+import ctypes
 import itertools
 import re
+import sys
 
 import pytest
 import torch
@@ -339,6 +341,22 @@ def test_networks_of_other_sizes_work(sizes):
     y = model(x, t)
     assert y.shape == x.shape and y.isfinite().all() and y.std() > 0
     assert torch.equal(again(x, t), y)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names are those of Linux's C library")
+def test_memory_of_the_layers_is_kept(monkeypatch):
+    """malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD -3, each an int. Both are set on a CPU, to
+    a gigabyte or more, which mallopt(3) accepts."""
+    calls, library = [], ctypes.CDLL(None)
+
+    class Recorder:
+        def __init__(self, name):
+            self.mallopt = lambda *call: calls.append(call) or library.mallopt(*call)
+
+    monkeypatch.setattr(script.ctypes, "CDLL", Recorder)
+    pick_device("cpu")
+    assert calls == [(-1, 2**31 - 1), (-3, 2**30)]
+    assert [library.mallopt(*call) for call in calls] == [1, 1]
 
 
 @pytest.mark.parametrize("cuda, mps, first", [
