@@ -9,7 +9,7 @@
     difficulty    the loss at each t after several epochs             4 minutes
     decided       when the outcome of the chain is settled            28 minutes
     epochs        eight seeds after several epochs                    3 minutes
-    samplers      distance to real digits, and time, of each sampler  an hour
+    samplers      distance to real digits, and time, of each sampler  two hours
     noise         the same x_T with and without fresh noise           samples of the part above
     copies        distances to the nearest training digits            samples of the part above
 
