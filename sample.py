@@ -27,8 +27,8 @@ Say the data are Gaussian of mean 0 and variance λ². Then x_t has variance v_t
 a perfect ε̂ is √(1-ᾱ_t) x_t/v_t, covariance over variance. As v_t - β_t = α_t v_{t-1}, the mean, if
 not clipped, is √α_t v_{t-1}/v_t times x_t. In T steps: √ᾱ_T λ²/v_T, or 0.006 λ². So x₀ is nearly 0.
 
-Is β̃_t the best variance σ_t² in line 4? For the bound ("optimal" in README.md), the mean squared
-error that not knowing x₀ leaves in μ̃_t is to be added. If x₀ is one known point, it is 0, and β̃_t
+Is β̃_t the best variance σ_t² (--variance) in line 4? The bound is lowest with β̃_t plus the mean
+squared error that not knowing x₀ leaves in μ̃_t ("optimal" in README.md). For one known x₀ β̃_t
 is exact. If the data are standard normal, β_t is exact [DDPM section 3.2]. Pixels in [-1, 1] have
 variance at most 1, so even a linear guess at x₀ errs no more than for noise, and the best σ_t² lies
 between. β_t exceeds β̃_t by 17 % at t = 10, by 2 % at t = 100. Last-step noise would stay on x₀.
@@ -45,8 +45,8 @@ Then x₀ is a function of x_T, and ever shorter steps approach a curve, the sol
 r = √ᾱ/√(1-ᾱ) = √SNR, u = log r. As x_t/√(1-ᾱ_t) = r_t x̂₀ + ε̂, a step adds (r_s - r_t) x̂₀ to it
 and ends on the curve if x̂₀ stays as it is. DPM-Solver++ lets x̂₀ go on changing as in the step
 before, in equal steps of u. For Gaussian data, 10 are worth 50 of DDIM's. But a network errs, and
-ε̂ carries its mistakes on, where line 4 draws fresh noise. SDE-DPM-Solver++ does both: x̂₀ goes
-on changing, and fresh noise is drawn. Here 20 steps, equal in t, are as good as 1,000 (README.md).
+the ε̂ in x_s carries its mistakes on; line 4 replaces a part of it by fresh noise. SDE-DPM-Solver++
+is line 4 with x̂₀ extrapolated so. Here 20 steps, equal in t, are as good as 1,000 (README.md).
 
 ONE SEED, ONE DIGIT. Each image takes all its noise from a generator of its own, on the CPU. So seed
 7 gives the same image, up to rounding, alone or among others, and has the same noise on any device.
@@ -135,12 +135,12 @@ def dpm_step(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch.Te
              eta: float = 0.0) -> torch.Tensor:
     """A DDIM step whose x̂₀ is extrapolated from two (2M).           [DPM-Solver++ Algorithm 2]
 
-    before  t and x0_hat of the step before; None in the first step, which is one of DDIM
+    before  t and x0_hat of the step before; None in the first step, which is that of ddim_step
     eta     as in ddim_step: 0 makes it a step of DPM-Solver++(2M), 1 of SDE-DPM-Solver++(2M)
     """
     if before is not None and t_prev > 0:  # the last step takes x̂₀ as it is
         u, u_next, u_before = (0.5 * schedule.snr(s).log().item() for s in (t, t_prev, before[0]))
-        # A straight line through both predictions, read off in the middle of the step to come.
+        # A line through both predictions, read off in the middle of the step; it is not clipped.
         x0_hat = x0_hat + (u_next - u) / (2 * (u - u_before)) * (x0_hat - before[1])
     return ddim_step(schedule, xt, t, x0_hat, noise, t_prev, eta)
 
@@ -174,7 +174,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     model     called as model(xt, t) with t in 1..T, (B,) integers; used in eval mode
     schedule  the schedule the model was trained with
     seeds     B integers; image k depends on seeds[k] alone
-    sampler   "ddpm" (ancestral), or in fewer steps "ddim" (with eta), "dpm++", "sde-dpm++"
+    sampler   "ddpm" (ancestral); in fewer steps "ddim" (eta: ddim_step), "dpm++", "sde-dpm++"
     variance  as in p_step, for ddpm
     steps     1..T; None is as in SAMPLERS. From t to s, ddpm has α = ᾱ_t/ᾱ_s  [IDDPM section 4]
     clip      clip x̂₀ to [-1, 1] in every step
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eta", type=float, default=0.0, help="fresh noise of ddim, 0 to 1 (0)")
     parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde",
                         help="variance of the noise that ddpm adds in each step (beta_tilde)")
-    parser.add_argument("--steps", type=int, metavar="N", help="(all T; ddim 50, others 20)")
+    parser.add_argument("--steps", type=int, metavar="N", help="(ddpm all T, ddim 50, others 20)")
     parser.add_argument("--no-clip", dest="clip", action="store_false", help="do not clip x0_hat")
     parser.add_argument("--checkpoint", metavar="FILE", help="model (your own, else the shipped)")
     parser.add_argument("--out", metavar="PNG", help="picture (samples.png beside the model)")
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise OSError(f"cannot write {file}; name another file")
         chain = sample(model, checkpoint.schedule, args.seeds, args.sampler, args.variance,
                        args.steps, args.clip, None, (1, *2 * [model.config["size"]]), args.eta)
-        shown, frames = set(levels[::max(1, len(levels) // 50)]) | {0}, []  # about 50
+        shown, frames = set(levels[::max(1, len(levels) // 50)]) | {0}, []  # about 50 frames
         for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
             if args.gif and t in shown:
                 frames.append(draw_grid(images, scale=2))

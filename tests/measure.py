@@ -9,7 +9,7 @@
     difficulty    the loss at each t after several epochs             4 minutes
     decided       when the outcome of the chain is settled            28 minutes
     epochs        eight seeds after several epochs                    3 minutes
-    samplers      distance to real digits, and time, of each sampler  two hours
+    samplers      distance to real digits, and time, of each sampler  3 hours
     noise         the same x_T with and without fresh noise           samples of the part above
     copies        distances to the nearest training digits            samples of the part above
 
@@ -89,8 +89,8 @@ class Bench:
         return self.restart(images, seeds) if name == RESTARTED else images
 
     def restart(self, images: torch.Tensor, seeds: range) -> torch.Tensor:
-        """Restart sampling (Xu et al. 2023): the mistakes of a chain fade if it is run again from
-        the middle. All noise is that of other seeds, a million apart."""
+        """Restart sampling, after Xu et al. 2023 (who go back by an ODE): the mistakes of a chain
+        fade if it is run again from the middle. All noise is that of other seeds, a million apart."""
         schedule = self.checkpoint.schedule
         for k, share in enumerate(RESTARTS, start=1):
             others, t = [seed + k * 10**6 for seed in seeds], max(1, round(share * schedule.T))

@@ -126,8 +126,11 @@ def test_samples_are_those_of_their_seeds_and_are_kept(bench):
 def test_restart_goes_on_from_the_digit_it_is_given(bench, monkeypatch):
     """Six times up to 0.4 T or 0.3 T and back, by steps of sde-dpm++: what comes out depends on the
     digit and its seed alone, and on both. A network that is sure of one image ends at that image."""
-    images, levels = bench.draw("ddpm 1000", 8), []
+    images, levels, used = bench.draw("ddpm 1000", 8), [], []
+    monkeypatch.setattr(script, "sample", lambda model, schedule, seeds, *args, **options: (
+        used.extend(seeds) or sample(model, schedule, seeds, *args, **options)))
     whole = bench.restart(images, range(8)).int()
+    assert len(set(used)) == 6 * 8 and not set(used) & set(range(8))  # no noise is used twice
     assert (whole[2:4] - bench.restart(images[2:4], range(2, 4)).int()).abs().max() <= 1
     for other in (bench.restart(images[2:4], range(4, 6)), bench.restart(images[4:6], range(2, 4))):
         assert (whole[2:4] - other.int()).abs().max() > 10

@@ -34,8 +34,9 @@ MEASURED = {
     "epochs": {"images": {1: pictures(8)}},
     "bits": {name: {"terms": [0.0, 0.5] + [0.025] * 18 + [None], "total": [1.0, 0.01]}
              for name in ("beta", "beta_tilde", "optimal")},
-    "samplers": {"chains": {"ddpm 5": CHAIN, "ddpm 1000, zero": CHAIN},
-                 "images": {"ddpm 5": pictures(8)}, "floor": {500: (1.25, 0.1), 2000: (1.0, 0.1)}},
+    "samplers": {"chains": {"ddpm 5": CHAIN, "ddpm 1000, zero": CHAIN, "ddpm 9, restarted": CHAIN},
+                 "images": {"ddpm 5": pictures(8), "ddpm 9, restarted": pictures(8)},
+                 "floor": {500: (1.25, 0.1), 2000: (1.0, 0.1)}},
     "loss": {"runs": [{"held_out": [0.3]}, {"held_out": [0.2]}]},
 }
 EVERY = [*FIGURES, "animation", *CLAIMS]
@@ -115,7 +116,8 @@ def test_figures_of_claims_state_what_was_measured(material):
     assert bits.axes[1].lines[0].get_ydata()[-1] == pytest.approx(0.5 + 18 * 0.025)
     assert "1.000 $\\pm$ 0.010" in bits.axes[1].get_legend().get_texts()[0].get_text()
     samplers = script.plot_samplers(material)
-    assert notes(samplers) == ["distance 4.5\nof 2,000 images\n32 in 0.5 s"]  # the most that there are
+    # Of the most images that there are, for plain chains and restarted ones.
+    assert notes(samplers) == 2 * ["distance 4.5\nof 2,000 images\n32 in 0.5 s"]
     assert "digits:\n1.2 of 500, 1.0 of 2,000 images)" in samplers.get_suptitle()
 
 

@@ -315,8 +315,8 @@ def test_sampled_chain_keeps_the_marginals_of_a_point(sampler, steps):
     """Data always c, sigma^2 = beta_tilde, from q(x_T): N(sqrt(alpha_bar_t) c, 1 - alpha_bar_t).
 
     [DDPM section 3.2] Real sample(), at every t that it visits, with long steps too; at t = 0 every
-    pixel is c. It notices a mean wrong by 5 % of the spread and a variance wrong by 7.1 %; 54
-    numbers have a false alarm with probability 4e-7. With sigma^2 = beta the variance is wrong.
+    pixel is c. It notices a mean wrong by 5 % of the spread and a variance wrong by 7.1 %; 50
+    numbers have a false alarm with probability 3.4e-7. With sigma^2 = beta the variance is wrong.
     """
     c, count = 0.7, 40 * 28 * 28
     # The seed of this noise must not be one of the chain's 0..39, nor so near to the start of one.
@@ -588,7 +588,8 @@ def test_clipping_changes_nothing_inside_the_range(drawn, seed, variance):
 @given(st.integers(2, 1500), st.data())
 def test_fewer_steps_run_from_T_to_0(T, data):
     """T = tau_S > ... > tau_0 = 0, tau_k the integer next to k T/S; with ddpm all of T..0 by
-    default, with ddim 50 steps, or T if that is less. Another T than the schedule's begins there.
+    default, with ddim 50 and with sde-dpm++ 20 steps, or T if that is less. Another T than the
+    schedule's begins there.
     """
     steps = data.draw(st.integers(1, T))
     schedule = NoiseSchedule.from_betas([1e-3] * 1500, allow_signal=True)
@@ -599,6 +600,7 @@ def test_fewer_steps_run_from_T_to_0(T, data):
         assert all(abs(level - T * k / steps) <= 0.5 for k, level in enumerate(reversed(levels)))
     assert timesteps(schedule, T=T) == list(range(T, -1, -1))
     assert len(timesteps(schedule, "ddim", T=T)) == min(T, 50) + 1
+    assert len(timesteps(schedule, "sde-dpm++", T=T)) == min(T, 20) + 1
     assert timesteps(schedule) == list(range(1500, -1, -1))
 
 
@@ -961,6 +963,7 @@ def test_few_steps_are_chained_with_the_noise_of_the_seed(schedule, seed, sample
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], eta=0.5)), "ddpm has no such choice"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], "dpm++", "zero")), "dpm.. has no such"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], "ddim", "beta")), "ddim has no such"),
+    (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], "sde-dpm++", eta=0.5)), "sde-dpm.. has no"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [])), "no seeds"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], steps=11)), "between 1 and 10"),
     (lambda: next(sample(Wild(STEEP, 0, 1), STEEP, [0], start=(11, ONE))), "t in 1..10"),
@@ -990,7 +993,6 @@ def test_grid_is_that_of_torchvision(count, scale):
     expected = make_grid(to_uint8(images), nrow=8, padding=1, pad_value=64)[0]
     expected = expected.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     assert torch.equal(pil_to_tensor(script.draw_grid(images, scale))[0], expected)
-
 
 
 def test_command_writes_a_picture(tiny_run, tmp_path, capsys):
