@@ -260,6 +260,23 @@ def test_signal_saves_and_resume_ends_as_if_unbroken(number, status, unbroken, t
     assert same_state(whole / "last.pt", tmp_path / "last.pt")
 
 
+def test_signal_in_the_last_step_comes_too_late(place, tmp_path, monkeypatch, capsys):
+    """The run is finished, so it says so, and exits as usual."""
+    update = train.update_average
+
+    def update_and_stop(average, model, step, decay):
+        update(average, model, step, decay)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "update_average", update_and_stop)
+    train.main(["--data", str(place / "mnist"), "--device", "cpu", "--batch-size", "8", "--epochs",
+                "1", "--out", str(tmp_path / "run")])
+    out, err = capsys.readouterr()
+    assert "done; now type" in out and "stopped" not in out + err
+    assert len(train.load_checkpoint(tmp_path / "run" / "last.pt").history["loss"]) == 1
+
+
 def test_second_signal_acts_at_once(monkeypatch, tmp_path, place):
     """While images are read, Ctrl-C is noted; pressed again, it ends the program with 130."""
     seen = []
@@ -345,23 +362,6 @@ def test_any_folder_of_images_can_be_learned(tmp_path):
 
 
 # -------------------------------------------------------------------------------- several processes
-
-def test_signal_in_the_last_step_comes_too_late(place, tmp_path, monkeypatch, capsys):
-    """The run is finished, so it says so, and exits as usual."""
-    update = train.update_average
-
-    def update_and_stop(average, model, step, decay):
-        update(average, model, step, decay)
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train, "update_average", update_and_stop)
-    train.main(["--data", str(place / "mnist"), "--device", "cpu", "--batch-size", "8", "--epochs",
-                "1", "--out", str(tmp_path / "run")])
-    out, err = capsys.readouterr()
-    assert "done; now type" in out and "stopped" not in out + err
-    assert len(train.load_checkpoint(tmp_path / "run" / "last.pt").history["loss"]) == 1
-
 
 def torchrun(script: Path, *options) -> subprocess.CompletedProcess:
     """Run a script in two processes, by a port that is free."""
