@@ -1,7 +1,15 @@
-"""Settings for all tests: where the scripts are, and how Hypothesis behaves.
+"""Settings for all tests: the path, the two tiers, how Hypothesis behaves, and a trained model.
 
-On a developer's machine Hypothesis looks at new random examples in every run. Where the variable
-CI is set it looks at fewer, and the same ones each time, so that a red build is red again tomorrow.
+There are two tiers. The fast tests cover every law of the five scripts. The slow ones carry the
+marker `slow`: they start processes, train for long, or test an experiment.
+
+    python -m pytest tests -m "not slow"      the fast ones, as in the README
+    python -m pytest tests -m slow            the slow ones
+    python -m pytest tests                    both
+
+Hypothesis has two profiles. On a developer's machine it looks at 100 new random examples in every
+run. If the variable CI is set, it looks at 50, the same ones each time, so that a test that fails
+on one day fails on the next day too.
 """
 
 import os
@@ -12,8 +20,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# Here are the scripts, and the modules that tests share.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("local", deadline=None, max_examples=100, suppress_health_check=quiet)
@@ -22,12 +31,18 @@ settings.register_profile("ci", deadline=None, max_examples=50, suppress_health_
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker of the second tier."""
+    config.addinivalue_line(
+        "markers", "slow: starts processes, trains for long, or tests an experiment")
+
+
 @pytest.fixture(autouse=True)
 def no_global_randomness():
-    """Fail a test whose code touches the global generator: randomness must be passed in."""
-    before = torch.get_rng_state()
+    """Fail a test whose code uses the global random generator: randomness must be passed in."""
+    state = torch.get_rng_state()
     yield
-    assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
+    assert torch.equal(state, torch.get_rng_state()), "the global generator was used"
 
 
 @pytest.fixture(scope="session")
