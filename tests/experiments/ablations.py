@@ -1,39 +1,38 @@
-"""What does each part of the recipe gain? Train without it, and compare.
+"""How much does each part of the recipe contribute? Train without it, and compare.
 
-    python tests/ablations.py --data DIR              about four hours on two CPU cores
-    python tests/ablations.py --data DIR --rows 0 3   only the first and the fourth row
-    python tests/ablations.py --table                 only print what has been measured
+    python -m tests.experiments.ablations --data DIR              four hours on two CPU cores
+    python -m tests.experiments.ablations --data DIR --rows 0 3   only the first and the fourth row
+    python -m tests.experiments.ablations --table                 only print what has been measured
 
-Each row is one change from `python train.py`, trained for 3 epochs on all 60,000 images, with seed 0,
-the learning rate falling to 0 within these 3 epochs (but where it is constant). The blog's network
-with its own recipe goes on to epoch 15, as tests/measure.py draws samples from it. The numbers go to
-pretrained/ablations.json, and runs to runs/ablations/. A run that was stopped goes on where it was;
-a row that is in the file already is not measured again. With --rows, two processes can share the
-work; with OMP_NUM_THREADS=1, each of them keeps to one core, and together they are faster than one.
+Each row makes one change to `python train.py` and trains for 3 epochs on all 60,000 images, with
+seed 0. The learning rate falls to 0 within these 3 epochs, except where it is constant. The blog's
+network with the blog's recipe is trained for 15 epochs, because measure.py draws samples from it.
+
+The results go to pretrained/ablations.json, the runs to runs/ablations/. A run that was stopped is
+resumed, and a row that is in the file already is not measured again. With --rows, two processes can
+share the work. With OMP_NUM_THREADS=1 each of them keeps to one core, and together they are faster
+than a single process on both cores.
 """
 
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import train
+from tests.experiments.benchmark import BlogNet, multiply_adds
+from unet import Attention, UNet
 
-import train as script  # noqa: E402
-from benchmark import BlogNet, multiply_adds  # noqa: E402
-from unet import Attention, UNet  # noqa: E402
-
-RESULTS = ROOT / "pretrained" / "ablations.json"
+RESULTS = train.HERE / "pretrained" / "ablations.json"
 
 
-def without(kind: type) -> Callable:
-    """A UNet in which every layer of a kind hands on what it gets."""
+def without(kind: type) -> Callable[..., UNet]:
+    """A function that builds a UNet in which every layer of a kind returns its input unchanged."""
     def build(**sizes) -> UNet:
         model = UNet(**sizes)
         for module in list(model.modules()):
@@ -45,124 +44,161 @@ def without(kind: type) -> Callable:
 
 
 def time_at_the_bottleneck(**sizes) -> UNet:
-    """A UNet that is told t in the blocks of the smallest size alone; the rest sees zeros for it."""
+    """A UNet that is told t only in the blocks at the smallest size; the others see zeros for it."""
+    def forget_time(_, inputs: tuple) -> tuple:
+        *images, time = inputs  # blocks are called with (x, time), the gain with (time,)
+        return *images, torch.zeros_like(time)
+
     model = UNet(**sizes)
-    for blocks in [*model.encoder[:-1], *model.decoder[:-1]]:
-        for block in blocks:
-            block.register_forward_pre_hook(lambda _, given: (given[0], torch.zeros_like(given[1])))
-    model.gain.register_forward_pre_hook(lambda _, given: (torch.zeros_like(given[0]),))
+    for stage in [*model.encoder[:-1], *model.decoder[:-1]]:
+        for block in stage:
+            block.register_forward_pre_hook(forget_time)
+    model.gain.register_forward_pre_hook(forget_time)
     return model
 
 
-def every_place_alike(**sizes) -> UNet:
-    """A UNet whose halving adds no learned image."""
+def without_learned_images(**sizes) -> UNet:
+    """A UNet that halves the image by a convolution alone and adds no learned image to it."""
     model = UNet(**sizes)
     model.down = nn.ModuleList(halve.conv for halve in model.down)
     return model
 
 
 def blog_network(**sizes) -> BlogNet:
+    """The blog's network, which fits any size of image and so has no sizes of its own."""
     model = BlogNet()
     model.config = sizes  # train.py keeps it in the model file
     return model
 
 
 def independent(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
+    """In place of train.draw_t: each t is uniform on 1..T, whatever the others are."""
     return torch.randint(1, T + 1, (count,), generator=generator)
 
 
-def constant(step: int, steps: int, config: script.Config) -> float:
+def constant(step: int, steps: int, config: train.Config) -> float:
+    """In place of train.learning_rate: the blog's learning rate, the same in every step."""
     return 2e-4
 
 
-# Each change: what is put in place of functions of train.py, and options of its Config.
-CHANGES: dict[str, dict] = {
-    "the recipe": {},
-    "t told only at the bottleneck": {"UNet": time_at_the_bottleneck},
-    "no GroupNorm": {"UNet": without(nn.GroupNorm)},
-    "no attention": {"UNet": without(Attention)},
-    "no learned images": {"UNet": every_place_alike},
-    "learning rate 2e-4 throughout": {"learning_rate": constant},
-    "independent t": {"draw_t": independent},
-    "no average of the weights": {"ema": 0.0},
-    "the blog's network": {"UNet": blog_network},
-    "the blog's network and recipe": {"UNet": blog_network, "learning_rate": constant,
-                                      "draw_t": independent, "ema": 0.0, "epochs": 15},
+@dataclass(frozen=True)
+class Change:
+    """What a row does differently from `python train.py`.
+
+    seams    arguments of train.train: network, draw_t, learning_rate
+    options  arguments of train.Config
+    epochs   passes over the training images, if it is not the number that all rows have
+    """
+
+    seams: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    epochs: int | None = None
+
+    @property
+    def network(self) -> Callable[..., nn.Module]:
+        """The function that builds the network of this row."""
+        return self.seams.get("network", UNet)
+
+
+CHANGES = {
+    "the recipe": Change(),
+    "t told only at the bottleneck": Change({"network": time_at_the_bottleneck}),
+    "no GroupNorm": Change({"network": without(nn.GroupNorm)}),
+    "no attention": Change({"network": without(Attention)}),
+    "no learned images": Change({"network": without_learned_images}),
+    "learning rate 2e-4 throughout": Change({"learning_rate": constant}),
+    "independent t": Change({"draw_t": independent}),
+    "no average of the weights": Change(options={"ema": 0.0}),
+    "the blog's network": Change({"network": blog_network}),
+    "the blog's network and recipe": Change(
+        {"network": blog_network, "learning_rate": constant, "draw_t": independent},
+        {"ema": 0.0}, epochs=15),
 }
 
 
 def folder(name: str, epochs: int) -> Path:
-    """Where the run of a row is kept."""
-    return ROOT / "runs" / "ablations" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{epochs}"
+    """The folder that keeps the run of a row."""
+    plain_name = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    return train.HERE / "runs" / "ablations" / f"{plain_name}-{epochs}"
 
 
-def load(name: str, path: Path) -> script.Checkpoint:
-    """The model file of a row; load_checkpoint alone would build our network for it."""
-    before = script.UNet
-    try:
-        script.UNet = CHANGES[name].get("UNet", before)
-        return script.load_checkpoint(path)
-    finally:
-        script.UNet = before
+def load(name: str, path: Path) -> train.Checkpoint:
+    """Read the model file of a row, with the network of this row."""
+    return train.load_checkpoint(path, network=CHANGES[name].network)
 
 
-def run(name: str, data: str, epochs: int, out: Path, images: tuple | None = None,
-        **options) -> dict:
-    """Train one row and return its numbers. The scripts are as before afterwards."""
+def train_row(name: str, data: str, epochs: int, out: Path, images: tuple | None = None,
+              after_step: Callable[[train.Run], bool] | None = None, **options) -> dict:
+    """Train one row and return its numbers.
+
+    data, images  where the images are, or the images themselves, as for train.train
+    out           the folder of the run; if it holds a run already, that is resumed
+    after_step    is called after every step, as in train.train
+    options       more arguments of train.Config
+    """
     change = CHANGES[name]
-    before = {key: getattr(script, key) for key in change if hasattr(script, key)}
+    config = train.Config(data=data, out=str(out), epochs=epochs, dataset="mnist",
+                          **change.options, **options)
+    with torch.random.fork_rng(devices=[]):
+        model = change.network()
+    row = {"name": name, "epochs": epochs, "threads": torch.get_num_threads(),
+           "macs": multiply_adds(model),
+           "parameters": sum(p.numel() for p in model.parameters())}
     try:
-        for key in before:
-            setattr(script, key, change[key])
-        others = {k: v for k, v in change.items() if k not in before and k != "epochs"}
-        config = script.Config(data=data, out=str(out), epochs=epochs, dataset="mnist", **others,
-                               **options)
-        with torch.random.fork_rng(devices=[]):
-            model = script.UNet()
-        row = {"name": name, "epochs": epochs, "threads": torch.get_num_threads(),
-               "macs": multiply_adds(model),
-               "parameters": sum(p.numel() for p in model.parameters())}
-        history = script.train(config, resume=(out / "last.pt").exists(), images=images)
-        return row | {"held_out": history["held_out"], "seconds": history["seconds"]}
+        history = train.train(config, resume=(out / "last.pt").exists(), images=images,
+                              after_step=after_step, **change.seams)
     except FloatingPointError as error:
         return row | {"held_out": [], "seconds": [], "error": str(error)}
-    finally:
-        for key, value in before.items():
-            setattr(script, key, value)
+    return row | {"held_out": history["held_out"], "seconds": history["seconds"]}
 
 
 def measured() -> list[dict]:
     """The rows in the file, in the order of CHANGES."""
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    return sorted(rows, key=lambda row: list(CHANGES).index(row["name"]))
+    if not RESULTS.exists():
+        return []
+    names = list(CHANGES)
+    return sorted(json.loads(RESULTS.read_text()), key=lambda row: names.index(row["name"]))
 
 
 def table(rows: list[dict]) -> str:
-    """The README's table, in Markdown."""
+    """The table of README.md, in Markdown."""
     lines = ["| one change | held-out loss | seconds per epoch | parameters | multiply-adds |",
              "|---|---:|---:|---:|---:|"]
     for row in rows:
-        loss = f"{row['held_out'][:3][-1]:.4f}" if row["held_out"] else "diverged"
-        if len(row["held_out"]) > 3:
-            loss += f" ({row['held_out'][-1]:.4f} after epoch {len(row['held_out'])})"
-        seconds = sum(row["seconds"]) / len(row["seconds"]) if row["seconds"] else 0
-        lines.append(f"| {row['name']} | {loss} | {f'{seconds:.0f}' if seconds else ''} | "
-                     f"{row['parameters']:,} | {row['macs'] / 1e6:.1f} M |")
+        losses = row["held_out"]
+        loss = "diverged"
+        if losses:
+            loss = f"{losses[:3][-1]:.4f}"
+        if len(losses) > 3:
+            loss += f" ({losses[-1]:.4f} after epoch {len(losses)})"
+        seconds = ""
+        if row["seconds"]:
+            seconds = f"{sum(row['seconds']) / len(row['seconds']):.0f}"
+        lines.append(f"| {row['name']} | {loss} | {seconds} | {row['parameters']:,} | "
+                     f"{row['macs'] / 1e6:.1f} M |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train without one part of the recipe at a time.")
-    parser.add_argument("--data", default=str(ROOT / "data"), help="folder that holds MNIST/raw")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--data", default=str(train.HERE / "data"),
+                        help="folder that holds MNIST/raw (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=3,
+                        help="passes over the training images (default: %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=range(len(CHANGES)),
-                        choices=range(len(CHANGES)), metavar="N", help="rows to measure (all)")
+                        choices=range(len(CHANGES)), metavar="N",
+                        help="numbers of the rows to measure (default: all)")
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
-    args = parser.parse_args()
-    for name in [] if args.table else [list(CHANGES)[n] for n in args.rows]:
-        epochs = CHANGES[name].get("epochs", args.epochs)
-        if (name, epochs) not in [(row["name"], row["epochs"]) for row in measured()]:
-            row = run(name, args.data, epochs, folder(name, epochs))
+    args = parser.parse_args(argv)
+
+    if not args.table:
+        for number in args.rows:
+            name = list(CHANGES)[number]
+            epochs = CHANGES[name].epochs or args.epochs
+            if (name, epochs) in [(row["name"], row["epochs"]) for row in measured()]:
+                continue
+            row = train_row(name, args.data, epochs, folder(name, epochs))
+            # Read the file now: another process may have added rows in the meantime.
             others = [other for other in measured() if other["name"] != name]
             RESULTS.write_text(json.dumps([*others, row], indent=1) + "\n")
     print(table(measured()))

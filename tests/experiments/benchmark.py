@@ -1,35 +1,39 @@
-"""How fast the network trains and samples, beside the blog's plain network, in one run.
+"""How fast the network trains and samples, beside the blog's plain network, in the same run.
 
-    python tests/benchmark.py            about two minutes on two CPU cores
+    python -m tests.experiments.benchmark            about two minutes on two CPU cores
 
-The blog's network has as many parameters, so it is a yardstick that everybody can run: the ratio of
-the two says more than seconds do, which depend on the machine and on what else runs on it. Both are
-measured in turn, many times; given are the median and the best. A matrix product of 2048 x 2048 in
-float32, in which both networks compute, tells how fast the machine itself is. "Of peak" is the share
-of that speed which the multiply-adds of a network reach (backward counts as two forward passes).
-Sampling is counted in image-steps: 32 digits in 1,000 steps are 32,000 of them.
+The blog's network has as many parameters as ours, so it is a yardstick that everyone can run: the
+ratio of the two times says more than seconds, which depend on the machine and on what else runs on
+it. Both networks are measured in turn, many times; the median and the best time are printed. A
+matrix product of 2048 x 2048 in float32, the precision in which both networks compute, shows how
+fast the machine itself is. "Of peak" is the share of that speed which the multiply-adds of a network
+reach (a backward pass counts as two forward passes). Sampling is counted in image-steps: 32 digits
+in 1,000 steps are 32,000 of them.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from unet import UNet, pick_device, prepare_device, timestep_embedding
 
-from train import pick_device  # noqa: E402
-from unet import UNet, timestep_embedding  # noqa: E402
+PRODUCT_FLOP = 2 * 2048**3  # floating-point operations of the matrix product
+BATCH = 128
 
 
 class BlogNet(nn.Module):
-    """The blog's network, rebuilt from its description: one 3x3 convolution a level, GELU, max
-    pooling, transposed convolutions, t added once, at 7x7; no norms, no residuals, no attention."""
+    """The blog's network, rebuilt from its description.
+
+    It has one 3x3 convolution a level, GELU, max pooling and transposed convolutions. t is added
+    once, at 7x7. There are no norms, no residual connections and no attention.
+    """
 
     def __init__(self):
         super().__init__()
@@ -53,84 +57,112 @@ class BlogNet(nn.Module):
 
 @torch.no_grad()
 def multiply_adds(model: nn.Module) -> int:
-    """Those of one image: a multiplication and an addition are two of the counter's operations."""
+    """The multiply-adds of one image of 28x28 pixels."""
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, 28, 28), torch.ones(1, dtype=torch.long))
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2  # a multiplication and an addition are two operations
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the speed of both networks.")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
-    parser.add_argument("--rounds", type=int, default=20, help="measurements of each (20)")
-    args = parser.parse_args()
-    device = pick_device(args.device)
-    generator = torch.Generator().manual_seed(0)
-    xt = torch.randn(128, 1, 28, 28, generator=generator).to(device)
-    t = torch.randint(1, 1001, (128,), generator=generator).to(device)
-    square = torch.randn(2048, 2048, generator=generator).to(device)
+def trainer(model: nn.Module, xt: torch.Tensor, t: torch.Tensor) -> Callable[[], None]:
+    """A function that trains the model for one step."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
+    def step() -> None:
+        optimizer.zero_grad()
+        F.mse_loss(model(xt, t), xt).backward()
+        optimizer.step()
+    return step
+
+
+def predictor(model: nn.Module, xt: torch.Tensor, t: torch.Tensor) -> Callable[[], None]:
+    """A function that predicts the noise once, as in sampling."""
+    @torch.no_grad()
+    def predict() -> None:
+        model(xt, t)
+    return predict
+
+
+def time_jobs(jobs: dict[str, Callable[[], None]], rounds: int,
+              device: torch.device) -> dict[str, list[float]]:
+    """The seconds that each job takes, in each round; all jobs take turns."""
     def wait() -> None:
-        if device.type != "cpu":  # GPUs work on while Python goes ahead
+        if device.type != "cpu":  # a GPU is still busy when Python goes on
             getattr(torch, device.type).synchronize()
 
-    def trainer(model: nn.Module):
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    seconds = {name: [] for name in jobs}
+    for k in range(rounds + 1):
+        for name, job in jobs.items():
+            wait()
+            begun = time.perf_counter()
+            for _ in range(3):
+                job()
+            wait()
+            if k > 0:  # the first round warms up
+                seconds[name].append((time.perf_counter() - begun) / 3)
+    return seconds
 
-        def step() -> None:
-            optimizer.zero_grad()
-            F.mse_loss(model(xt, t), xt).backward()
-            optimizer.step()
-        return step
 
-    def predictor(model: nn.Module):
-        @torch.no_grad()
-        def predict() -> None:
-            model(xt, t)
-        return predict
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held at a time, of the GPU if there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
+    import resource  # which Windows does not have
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on a Mac, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the speed of both networks.")
+    parser.add_argument("--device", default="auto",
+                        help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--rounds", type=int, default=20,
+                        help="measurements of each (default: %(default)s)")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    prepare_device(device)
+
+    # Build both networks, and what they work on.
+    generator = torch.Generator().manual_seed(0)
+    xt = torch.randn(BATCH, 1, 28, 28, generator=generator).to(device)
+    t = torch.randint(1, 1001, (BATCH,), generator=generator).to(device)
+    square = torch.randn(2048, 2048, generator=generator).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         models = {"ours": UNet(), "the blog's": BlogNet()}
     macs = {name: multiply_adds(model) for name, model in models.items()}
-    models = {name: model.to(device) for name, model in models.items()}
-    jobs = {("training", name): trainer(model) for name, model in models.items()}
-    jobs |= {("sampling", name): predictor(model) for name, model in models.items()}
-    jobs["product", ""] = lambda: square @ square
 
-    seconds = {job: [] for job in jobs}
-    for round_ in range(args.rounds + 1):
-        for job, work in jobs.items():
-            wait()
-            start = time.perf_counter()
-            for _ in range(3):
-                work()
-            wait()
-            if round_ > 0:  # the first round warms up
-                seconds[job].append((time.perf_counter() - start) / 3)
+    # Measure.
+    jobs = {}
+    for name, model in models.items():
+        model.to(device)
+        jobs[f"training, {name}"] = trainer(model, xt, t)
+    for name, model in models.items():
+        jobs[f"sampling, {name}"] = predictor(model, xt, t)
+    jobs["product"] = lambda: square @ square
+    seconds = time_jobs(jobs, args.rounds, device)
 
-    def line(what: str, job: tuple[str, str], amount: float, flop: float) -> str:
-        times, peak = seconds[job], seconds["product", ""]
-        share = statistics.median(flop / a / (2 * 2048**3 / b) for a, b in zip(times, peak))
-        return (f"{what:35} median {amount / statistics.median(times):7,.0f}   best "
+    # Print.
+    def line(label: str, job: str, amount: float, flop: float) -> str:
+        times = seconds[job]
+        share = statistics.median((flop / a) / (PRODUCT_FLOP / b)
+                                  for a, b in zip(times, seconds["product"]))
+        return (f"{label:35} median {amount / statistics.median(times):7,.0f}   best "
                 f"{amount / min(times):7,.0f}   of peak {share:4.0%}")
 
     print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, float32")
-    print(line("2048 x 2048 product, GFLOP/s", ("product", ""), 2 * 2048**3 / 1e9, 2 * 2048**3))
-    for what, passes, unit in (("training", 3, "images/s"), ("sampling", 1, "image-steps/s")):
-        for name, model in models.items():
-            flop = 128 * passes * 2 * macs[name]
-            print(line(f"{what}, {name}, {unit}", (what, name), 128, flop))
-        ratios = [a / b for a, b in zip(seconds[what, "ours"], seconds[what, "the blog's"])]
-        print(f"{what}: ours takes {statistics.median(ratios):.2f} times the blog's time")
+    print(line("2048 x 2048 product, GFLOP/s", "product", PRODUCT_FLOP / 1e9, PRODUCT_FLOP))
+    for task, passes, unit in (("training", 3, "images/s"), ("sampling", 1, "image-steps/s")):
+        for name in models:
+            flop = BATCH * passes * 2 * macs[name]
+            print(line(f"{task}, {name}, {unit}", f"{task}, {name}", BATCH, flop))
+        ratios = [a / b for a, b in zip(seconds[f"{task}, ours"], seconds[f"{task}, the blog's"])]
+        print(f"{task}: ours takes {statistics.median(ratios):.2f} times the blog's time")
     print("multiply-adds: " + ", ".join(f"{name} {n / 1e6:.1f} M" for name, n in macs.items()))
-    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    if used is None and sys.platform != "win32":
-        import resource  # which counts in bytes on a Mac, elsewhere in KiB
-        unit = 1 if sys.platform == "darwin" else 2**10
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if used is not None:
-        print(f"peak memory of all this: {used / 2**30:.2f} GiB")
+    peak = peak_memory(device)
+    if peak is not None:
+        print(f"peak memory of all this: {peak / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

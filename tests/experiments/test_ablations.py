@@ -1,107 +1,154 @@
 """Each row of the ablation table changes what its name says, and nothing else."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-import ablations
-import train as script
-from ablations import CHANGES, run, table
-from strategies import normal, pictures
+import train
+from tests.experiments import ablations
+from tests.experiments.ablations import CHANGES, table, train_row
+from tests.strategies import normal, pictures
 from unet import Attention
+
+pytestmark = pytest.mark.slow
+
+IMAGES = pictures(24, 8), pictures(8, 8)
+SMALL = {"batch_size": 8, "device": "cpu"}  # three steps an epoch
 
 
 def built(name: str) -> nn.Module:
     """The network of a row, with all weights drawn anew, so that none is zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = CHANGES[name].get("UNet", script.UNet)()
+        model = CHANGES[name].network()
         for p in model.parameters():
             nn.init.normal_(p, std=0.1)
     return model.eval()
 
 
-@pytest.mark.parametrize("name, kind", [("no GroupNorm", nn.GroupNorm), ("no attention", Attention)])
-def test_layers_of_a_kind_are_gone(name, kind):
-    """Of that kind none is left, and of every other kind of layer all are."""
-    def count(model):
-        kinds = [type(m) for m in model.modules() if not isinstance(m, nn.Identity)]
-        inside = {nn.Conv2d: 8, nn.GroupNorm: 2} if kind is Attention else {}  # of two attentions
-        return {k: kinds.count(k) - inside.get(k, 0) * any(isinstance(m, kind) for m in model.modules())
-                for k in (nn.Conv2d, nn.Linear, nn.GroupNorm, Attention)}
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> tuple[dict, dict]:
+    """The numbers of the first row, trained for one epoch, and its history."""
+    out = tmp_path_factory.mktemp("recipe")
+    row = train_row("the recipe", "", 1, out, images=IMAGES, **SMALL)
+    return row, train.load_checkpoint(out / "model.pt").history
 
-    whole, cut = count(built("the recipe")), count(built(name))
-    assert cut.pop(kind) == 0 < whole.pop(kind) and cut == whole
+
+def layers(model: nn.Module) -> dict[type, int]:
+    """How many layers there are of each kind, those inside an attention not counted."""
+    inside = {part for attention in model.modules() if isinstance(attention, Attention)
+              for part in attention.modules() if part is not attention}
+    return {kind: sum(type(module) is kind and module not in inside for module in model.modules())
+            for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, Attention)}
+
+
+@pytest.mark.parametrize("name, kind", [("no GroupNorm", nn.GroupNorm),
+                                        ("no attention", Attention)])
+def test_layers_of_a_kind_are_gone(name, kind):
+    """None of that kind is left, and all layers of every other kind are. (Without GroupNorm, the
+    one inside an attention is gone, too.)
+    """
+    whole = layers(built("the recipe"))
+    model = built(name)
+    assert not any(isinstance(module, kind) for module in model.modules())
+    assert whole[kind] > 0 and layers(model) == whole | {kind: 0}
 
 
 def test_t_reaches_the_output_through_the_bottleneck_alone():
-    """With that row's network the output depends on t; no longer when the bottleneck ignores t."""
-    model, x = built("t told only at the bottleneck"), normal(0, 2, 1, 8, 8, dtype=torch.float32)
-    outputs = [model(x, torch.tensor([t, t])) for t in (1, 900)]
-    assert not torch.allclose(*outputs, atol=1e-3)
-    for blocks in (model.encoder[-1], model.decoder[-1]):
-        for block in blocks:
+    """The output of that row's network depends on t, but not if the bottleneck ignores t."""
+    model = built("t told only at the bottleneck")
+    x = normal(0, 2, 1, 8, 8, dtype=torch.float32)
+    early, late = (model(x, torch.tensor([t, t])) for t in (1, 900))
+    assert not torch.allclose(early, late, atol=1e-3)
+    for stage in (model.encoder[-1], model.decoder[-1]):
+        for block in stage:
             nn.init.zeros_(block.film.weight)
-    outputs = [model(x, torch.tensor([t, t])) for t in (1, 900)]
-    assert torch.equal(*outputs)
+    early, late = (model(x, torch.tensor([t, t])) for t in (1, 900))
+    assert torch.equal(early, late)
 
 
 def test_learned_images_are_gone():
-    """That row's network is ours with learned images of zero, which it has no weights for."""
-    cut, x = built("no learned images"), normal(0, 2, 1, 28, 28, dtype=torch.float32)
+    """That row's network is ours with learned images of zero, for which it has no weights."""
+    cut = built("no learned images")
     whole = built("the recipe")
-    nn.init.zeros_(whole.down[0].place), nn.init.zeros_(whole.down[1].place)
-    missing = whole.load_state_dict({name.replace(".weight", ".conv.weight") if "down" in name
-                                     else name: p for name, p in cut.state_dict().items()}, False)
-    assert missing.missing_keys == ["down.0.place", "down.1.place"] and not missing.unexpected_keys
+    for halve in whole.down:
+        nn.init.zeros_(halve.place)
+    weights = {name.replace(".weight", ".conv.weight") if "down" in name else name: weight
+               for name, weight in cut.state_dict().items()}
+    missing = whole.load_state_dict(weights, strict=False)
+    assert missing.missing_keys == ["down.0.place", "down.1.place"]
+    assert not missing.unexpected_keys
+    x, t = normal(0, 2, 1, 28, 28, dtype=torch.float32), torch.tensor([1, 900])
     with torch.no_grad():
-        assert torch.equal(cut(x, torch.tensor([1, 900])), whole(x, torch.tensor([1, 900])))
+        assert torch.equal(cut(x, t), whole(x, t))
 
 
 def test_independent_t_is_uniform():
-    """All of 1..T, equally often, and not one in each stratum."""
+    """All of 1..T are drawn, equally often, and not one in each stratum."""
     t = ablations.independent(40_000, 10, torch.Generator().manual_seed(0))
-    seen = t.bincount(minlength=11)
-    assert seen[0] == 0 and (seen[1:] - 4000).abs().max() < 5 * 4000**0.5
-    counts = [t.sort().values.tolist() for t in ablations.independent(
-        500, 1000, torch.Generator().manual_seed(1)).split(100)]
-    assert any(len(set((k - 1) // 10 for k in part)) < 100 for part in counts)
+    counts = t.bincount(minlength=11)
+    assert counts[0] == 0 and (counts[1:] - 4000).abs().max() < 5 * 4000**0.5
+    batches = ablations.independent(500, 1000, torch.Generator().manual_seed(1)).split(100)
+    strata = [{(t - 1) // 10 for t in batch.tolist()} for batch in batches]
+    assert any(len(occupied) < 100 for occupied in strata)
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_each_row_trains_and_leaves_the_scripts_as_they_were(name, tmp_path):
-    """Two steps of each; afterwards train.py has its own functions again."""
-    before = dict(vars(script))
-    row = run(name, "", 1, tmp_path, images=(pictures(16, 8), pictures(8, 8)), batch_size=8,
-              device="cpu")
-    assert before == dict(vars(script))
+def test_each_row_trains_in_its_own_way(name, recipe, tmp_path):
+    """Three steps of each row leave other losses than those of the recipe, which stay as they are.
+    A finished row is read again, not trained again.
+    """
+    row = train_row(name, "", 1, tmp_path, images=IMAGES, **SMALL)
     assert row["name"] == name and len(row["held_out"]) == len(row["seconds"]) == 1
+    history = ablations.load(name, tmp_path / "model.pt").history
+    losses = history["step_loss"], row["held_out"]
+    assert (losses == (recipe[1]["step_loss"], recipe[0]["held_out"])) == (name == "the recipe")
     if name not in ("no GroupNorm", "no attention"):
-        assert row["parameters"] == 324_705 - (name == "no learned images") * (32 * 14**2 + 48 * 7**2)
-    again = run(name, "", 1, tmp_path, images=(pictures(16, 8), pictures(8, 8)), batch_size=8,
-                device="cpu")  # finished already: read, not trained
-    assert again == row
+        learned_images = 32 * 14**2 + 48 * 7**2
+        absent = learned_images if name == "no learned images" else 0
+        assert row["parameters"] == 324_705 - absent
+    assert train_row(name, "", 1, tmp_path, images=IMAGES, **SMALL) == row
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_row_gives_train_what_it_names(name, tmp_path):
+    """The run is made of the network, the draws of t, the learning rate and the options of its row,
+    and of those of the recipe for everything else.
+    """
+    runs = []
+    train_row(name, "", 1, tmp_path, images=IMAGES, after_step=lambda run: runs.append(run) or True,
+              **SMALL)
+    (run,) = runs
+    change = CHANGES[name]
+    assert run.draw_t is change.seams.get("draw_t", train.draw_t)
+    assert run.learning_rate is change.seams.get("learning_rate", train.learning_rate)
+    with torch.random.fork_rng(devices=[]):
+        shapes = {key: p.shape for key, p in change.network(size=8).state_dict().items()}
+    assert {key: p.shape for key, p in run.model.state_dict().items()} == shapes
+    options = {"dataset": "mnist", "epochs": 1, "out": str(tmp_path), "data": ""}
+    assert run.config == train.Config(**options | SMALL | change.options)
 
 
 def test_model_of_the_blogs_network_can_be_loaded(tmp_path):
     """It measures what its training measured; load_checkpoint alone refuses it."""
-    name, images = "the blog's network and recipe", (pictures(16, 8), pictures(8, 8))
-    row = run(name, "", 1, tmp_path, images=images, batch_size=8, device="cpu")
+    name = "the blog's network and recipe"
+    row = train_row(name, "", 1, tmp_path, images=IMAGES, **SMALL)
     checkpoint = ablations.load(name, tmp_path / "model.pt")
-    assert script.evaluate(checkpoint.model, checkpoint.schedule, images[1]) == row["held_out"][0]
+    loss = train.evaluate(checkpoint.model, checkpoint.schedule, IMAGES[1])
+    assert loss == row["held_out"][0]
     with pytest.raises(ValueError):
-        script.load_checkpoint(tmp_path / "model.pt")
+        train.load_checkpoint(tmp_path / "model.pt")
 
 
-def test_changes_of_the_recipe_are_in_effect(tmp_path, monkeypatch):
-    """The rate is 2e-4 in every step; without an average, it is the weights themselves."""
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (
-        rates.append(self.param_groups[0]["lr"]), step(self, *args))[1])
-    data = (pictures(24, 8), pictures(8, 8))
-    run("learning rate 2e-4 throughout", "", 1, tmp_path / "a", images=data, batch_size=8, device="cpu")
+def test_changes_of_the_recipe_are_in_effect(tmp_path):
+    """The learning rate is 2e-4 in every step; without an average, it is the weights themselves."""
+    rates = []
+    train_row("learning rate 2e-4 throughout", "", 1, tmp_path / "a", images=IMAGES,
+              after_step=lambda run: rates.append(run.adam.param_groups[0]["lr"]), **SMALL)
     assert rates == [2e-4] * 3
-    run("no average of the weights", "", 1, tmp_path / "b", images=data, batch_size=8, device="cpu")
+    train_row("no average of the weights", "", 1, tmp_path / "b", images=IMAGES, **SMALL)
     state = torch.load(tmp_path / "b" / "last.pt", weights_only=True)
     assert all(torch.equal(state["weights"][k], v) for k, v in state["average"].items())
 
@@ -121,6 +168,6 @@ def test_table_has_a_line_for_each_row():
 
 @pytest.mark.skipif(not ablations.RESULTS.exists(), reason="not measured yet")
 def test_readme_shows_what_was_measured():
-    """The table in the README is the one made from pretrained/ablations.json."""
-    text = (ablations.ROOT / "README.md").read_text(encoding="utf-8")
+    """The table in README.md is the one made from pretrained/ablations.json."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     assert table(ablations.measured()) in text

@@ -39,16 +39,16 @@ def test_each_cell_holds_one_digit_in_its_middle():
 
 
 def test_each_column_is_one_digit_in_many_fonts():
-    """A glyph has more in common with some other glyph of its column than with any of another: of
-    210 glyphs at most ten are exceptions. And no two fonts draw a digit in the same way.
+    """Nine of ten glyphs are most like another glyph of their own column; by chance one of ten would
+    be. And no two fonts draw a digit in the same way.
     """
     glyph = cells().flatten(0, 1).flatten(1).double()
     glyph = torch.nn.functional.normalize(glyph - glyph.mean(dim=1, keepdim=True))
     likeness = (glyph @ glyph.T).fill_diagonal_(-1)
     assert likeness.max() < 1 - 1e-6
-    digit = torch.arange(210) % 10
-    nearest = digit[likeness.argmax(dim=1)]
-    assert (nearest != digit).sum() <= 10
+    digit = torch.arange(len(glyph)) % 10
+    most_like = digit[likeness.argmax(dim=1)]
+    assert (most_like == digit).sum() > 0.9 * len(glyph)
 
 
 def test_picture_is_what_the_experiment_draws():

@@ -1,18 +1,21 @@
 """The record of several runs says what the runs say."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-import seeds
-import train as script
-from strategies import pictures
+import train
+from tests.experiments import seeds
+from tests.strategies import pictures
 from train import load_checkpoint
+
+pytestmark = pytest.mark.slow
 
 
 def test_histories_are_those_of_the_runs(tiny_run, tmp_path):
-    """A finished run is taken over to six digits, an unfinished one left out."""
+    """A finished run is taken over, to six digits; an unfinished one is left out."""
     state = torch.load(tiny_run / "model.pt", weights_only=True)
     state["config"]["epochs"] = 2
     torch.save(state, tmp_path / "model.pt")
@@ -24,27 +27,36 @@ def test_histories_are_those_of_the_runs(tiny_run, tmp_path):
 
 
 def test_runs_of_other_seeds_are_kept():
-    """The new run of a seed takes the place of the old one, and no other's. A run that is read once
-    more, perhaps by a process with another number of threads, changes nothing."""
+    """The new run of a seed replaces the old one, and no other. A run that is read once more,
+    perhaps by a process with another number of threads, changes nothing.
+    """
     old = [{"seed": 2, "seconds": [1], "threads": 2}, {"seed": 0, "seconds": [2], "threads": 2}]
     new = [{"seed": 0, "seconds": [3], "threads": 1}]
     assert seeds.merged(old, new) == [*new, old[0]]
     assert seeds.merged(old, [{"seed": 0, "seconds": [2], "threads": 1}]) == old[::-1]
 
 
-def test_start_looks_until_the_loss_is_below(tmp_path):
-    """With a bound that anything meets, it looks once, at the average of that step, and stops; with
-    one that nothing meets, it looks until the end. train.py is as before."""
-    before, data = dict(vars(script)), (pictures(48, 8), pictures(8, 8))
-    config = dict(dataset="mnist", device="cpu", batch_size=8, epochs=1)
-    found = seeds.start(script.Config(**config, out=str(tmp_path / "a")), 9.0, every=2, images=data)
-    model, schedule, _, history, _ = load_checkpoint(tmp_path / "a" / "model.pt")
-    assert len(history["step_loss"]) == 2 and found == {
-        "steps": [2], "held_out": [script.evaluate(model, schedule, data[1])], "epoch": 6}
-    found = seeds.start(script.Config(**config, out=str(tmp_path / "b")), 0.0, every=2, images=data)
-    history = load_checkpoint(tmp_path / "b" / "model.pt").history
-    assert found["steps"] == [2, 4, 6] and found["held_out"][-1] == history["held_out"][0]
-    assert before == dict(vars(script))
+def test_start_evaluates_until_the_loss_is_below(tmp_path):
+    """With a limit that any network meets, it evaluates once, the average after that step, and
+    stops; with one that none meets, it goes on to the end. What it measures there is what a run
+    without it measures, so it does not disturb the run.
+    """
+    images = pictures(48, 8), pictures(8, 8)
+    options = {"dataset": "mnist", "device": "cpu", "batch_size": 8, "epochs": 1}
+    config = train.Config(**options, out=str(tmp_path / "a"))
+    record = seeds.start(config, 9.0, every=2, images=images)
+    checkpoint = load_checkpoint(tmp_path / "a" / "model.pt")
+    assert len(checkpoint.history["step_loss"]) == 2
+    loss = train.evaluate(checkpoint.model, checkpoint.schedule, images[1])
+    assert record == {"steps": [2], "held_out": [loss], "epoch": 6}
+
+    config = train.Config(**options, out=str(tmp_path / "b"))
+    record = seeds.start(config, 0.0, every=2, images=images)
+    undisturbed = train.train(train.Config(**options, out=str(tmp_path / "c")), images=images)
+    assert record["steps"] == [2, 4, 6]
+    assert record["held_out"][-1] == undisturbed["held_out"][0]
+    assert load_checkpoint(tmp_path / "b" / "model.pt").history["held_out"] == [
+        record["held_out"][-1]]
 
 
 def test_table_has_mean_and_standard_deviation():
@@ -57,6 +69,6 @@ def test_table_has_mean_and_standard_deviation():
 
 
 def test_readme_shows_what_was_measured():
-    """The table in the README is the one made from pretrained/seeds.json."""
-    text = (seeds.ROOT / "README.md").read_text(encoding="utf-8")
+    """The table in README.md is the one made from pretrained/seeds.json."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     assert seeds.table(json.loads(seeds.RESULTS.read_text())["runs"]) in text
