@@ -1,115 +1,26 @@
 """Part 1. The forward process: how an image becomes noise, and what is known in closed form.
 
-A diffusion model learns to undo a process that destroys images. That process is not learned. It is
-a fixed chain of T small Gaussian steps; this file derives what is known of it exactly.
+A diffusion model learns to undo a process that destroys images. That process itself is not learned.
+It is a fixed chain of T small Gaussian steps; this file derives what is known about it exactly.
 
-    python schedule.py [--kind cosine]       a schedule as a table, and a numerical check
+    python schedule.py [--kind cosine]       the schedule as a table, and a numerical check
 
-Notation: x₀ is a clean image with pixels in [-1, 1], x_t the image after t noisy steps. N(m, v) is
-the Gaussian with mean m and variance v, N(x; m, v) its density at x. q is the law of the noising
-chain, p_θ that of the model, θ the weights of its network. E is a mean, E_q the mean over q. Noise
-is independent from pixel to pixel, so sections 1 to 4 may be read for one pixel. In section 5 the
-network looks at all pixels at once, and ‖·‖² is a sum of squares over them.
+NOTATION. x₀ is a clean image with pixels in [-1, 1], x_t the image after t noisy steps. N(m, v) is
+the Gaussian distribution with mean m and variance v, and N(x; m, v) its density at x. q stands for
+the distributions of the noising chain, p_θ for those of the model, where θ are the weights of its
+network. E is an average, E_q an average over q. All noise is independent from pixel to pixel, so
+everything in this file may be read for a single pixel.
 
-ONE CONVENTION FOR TIME. Arrays have T+1 entries and their index is the subscript of the papers:
-`beta[t]` is β_t for t = 1..T, and entry 0 stands for the clean image, with β₀ = 0 and ᾱ₀ = 1. So
-"the step before" is always `alpha_bar[t - 1]`, training draws t from 1..T, sampling counts
-t = T, T-1, ..., 1, and the network is always given the t of the papers.
+ONE CONVENTION FOR TIME. Arrays have T+1 entries, and their index is the subscript of the papers:
+`beta[t]` is β_t for t = 1..T. Entry 0 stands for the clean image, with β₀ = 0 and ᾱ₀ = 1. So the
+step before t is always `alpha_bar[t - 1]`, also for t = 1. Without these two entries the code would
+need a case of its own for the first step, and would count T steps as 0..T-1 in some places and as
+1..T in others, which is the most common bug of the field. Training draws t from 1..T, sampling
+counts t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
-1. One noisy step                                                                  [DDPM Eq. 2]
-
-        q(x_t | x_{t-1}) = N(x_t; √(1-β_t) x_{t-1}, β_t),   so   x_t = √(1-β_t) x_{t-1} + √β_t ε_t
-
-   where ε_t is standard normal noise. The factor √(1-β_t) shrinks the image while √β_t ε_t adds
-   noise. The two are matched: if a pixel of x_{t-1}, over all images and noises, has variance 1, so
-   has that of x_t, since (1-β_t)·1 + β_t = 1. Without the shrinking, values would grow and grow.
-
-2. Many steps at once                                                              [DDPM Eq. 4]
-
-   Write α_t = 1 - β_t and ᾱ_t = α_1 α_2 ··· α_t. Then
-
-        q(x_t | x₀) = N(x_t; √ᾱ_t x₀, 1-ᾱ_t),   so   x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε
-
-   Proof by induction. For t = 0 it reads x₀ = x₀. If it holds for t-1, one more step gives
-
-        x_t = √α_t (√ᾱ_{t-1} x₀ + √(1-ᾱ_{t-1}) ε) + √β_t ε_t
-            = √ᾱ_t x₀ + [ √α_t √(1-ᾱ_{t-1}) ε + √β_t ε_t ]
-
-   The bracket is a sum of two independent Gaussians, hence Gaussian, and variances add:
-   α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So it is √(1-ᾱ_t) times a standard normal,
-   again called ε. At the end ᾱ_T is nearly 0 and x_T nearly noise. Turned around, it reads
-
-        x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t          ε = (x_t - √ᾱ_t x₀) / √(1-ᾱ_t)
-
-3. One step back, if x₀ were known                                     [DDPM Eq. 6] [DDPM Eq. 7]
-
-   To sample we need q(x_{t-1} | x_t). By Bayes' rule it contains q(x_{t-1}), which depends on the
-   unknown law of all digits. But q(x_{t-1} | x_t, x₀) can be computed, and a guess at x₀ will serve
-   (section 5). Call its mean μ̃_t and its variance β̃_t. By Bayes' rule it is proportional to
-   q(x_t | x_{t-1}) q(x_{t-1} | x₀), because x_t depends on x₀ only through x_{t-1}. As functions of
-   y = x_{t-1} these multiply, for t ≥ 2 and up to a factor without y, to exp(-S/2) with
-
-        S = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
-          = y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ]  -  2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ]  + ...
-
-   where the dots do not contain y. Match this with (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ...: the first
-   bracket is 1/β̃ (section 2 adds up its numerator), and the second, times β̃, is μ̃:
-
-        1/β̃_t = [ α_t (1-ᾱ_{t-1}) + β_t ] / [ β_t (1-ᾱ_{t-1}) ]  =  (1-ᾱ_t) / [ β_t (1-ᾱ_{t-1}) ]
-
-        β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
-
-        μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) · x₀  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) · x_t
-
-   At t = 1 nothing is left to compute: x₀ is given, so the mean is x₀ and the variance 0. The two
-   formulas say the same. With the variance β̃_t the last step back adds no noise.
-
-4. The same mean in terms of the noise                                            [DDPM Eq. 11]
-
-   Put x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t into μ̃_t and use √ᾱ_{t-1} / √ᾱ_t = 1/√α_t. The factor of x_t
-   becomes [β_t + α_t (1-ᾱ_{t-1})] / [√α_t (1-ᾱ_t)] = 1/√α_t, because the numerator is 1-ᾱ_t. The
-   factor of ε becomes -β_t / [√α_t √(1-ᾱ_t)]. Together
-
-        μ̃_t = 1/√α_t · ( x_t - β_t/√(1-ᾱ_t) · ε )
-
-   The 1/√α_t undoes the shrinking of step t, the bracket removes a share of the noise.
-
-5. What to train: from the likelihood to a plain mean squared error
-
-   Training should make p_θ(x₀) large for real digits. The model runs backwards from noise, with
-   p(x_T) = N(0, 1) and p_θ(x_{t-1}|x_t) = N(μ_θ(x_t, t), σ_t²); sample.py chooses σ_t². A Gaussian
-   will do if β_t is small: q(x_t|x_{t-1}) is narrow and gives q(x_{t-1}|x_t) its shape. Together,
-   p_θ(x₀, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1}|x_t). Integrated over x₁, ..., x_T it is p_θ(x₀),
-   the mean of p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀) if q draws x₁, ..., x_T, given x₀. By
-   Jensen's inequality -log of a mean is at most the mean of -log,                  [DDPM Eq. 3]
-
-      -log p_θ(x₀) ≤ E_q[ -log p(x_T) - Σ_{t≥1} log p_θ(x_{t-1}|x_t) + Σ_{t≥1} log q(x_t|x_{t-1}) ]
-
-   By Bayes' rule, q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x₀) q(x_t|x₀) / q(x_{t-1}|x₀) for t ≥ 2. In the
-   sum of logarithms the last two factors telescope to q(x_T|x₀) / q(x₁|x₀), and the term of t = 1
-   cancels q(x₁|x₀). With the divergence KL(q ‖ p) = E_q[log q - log p], at least 0 and 0 only if
-   q = p, what is left is
-
-        KL( q(x_T|x₀) ‖ p(x_T) )                          x_T against pure noise: no θ in it
-      + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )   the learned steps against the exact
-      - log p_θ(x₀|x₁)                                    the last step
-
-   where each term is averaged over q [DDPM Eq. 5]. In a KL, E_q log q has no θ in it. For a pixel,
-   -log p_θ is (x_{t-1} - μ_θ)²/2σ_t² and a constant; the square's mean is β̃_t + (μ̃_t - μ_θ)². So
-   the KL is ‖μ̃_t - μ_θ‖²/2σ_t² and a constant [DDPM Eq. 8]. Give μ_θ the form of section 4 with a
-   network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels, μ̃_t - μ_θ is the factor
-   -β_t / [√α_t √(1-ᾱ_t)] times (ε - ε_θ), and the term for t becomes
-
-        β_t² / [ 2 σ_t² α_t (1-ᾱ_t) ] · ‖ε - ε_θ(x_t, t)‖²                         [DDPM Eq. 12]
-
-   (the last step's too, up to a constant, if σ₁² > 0; the sampler's β̃₁ = 0 makes it infinite).
-   Dropping the factor gives the objective: draw an image, a t, a noise, and ask for that noise,
-
-        L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²                           [DDPM Eq. 14]
-
-   In code it is the mean over the pixels, not the sum, so that the answer 0 scores 1. In the linear
-   schedule the dropped factor is largest at small t. Leaving it out spends less effort on noise too
-   faint to see and more on the shape of the digit: better pictures (DDPM, section 3.4).
+CONTENTS. NoiseSchedule: 1. the numbers β_t, α_t, ᾱ_t; 2. one noisy step; 3. many steps at once;
+4. one step back, if x₀ is known; 5. the same mean in terms of the noise. Below the line: checks of
+arguments, and the table.
 
 Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021,
 arXiv 2102.09672. [VDM] Kingma, Salimans, Poole and Ho 2021, arXiv 2107.00630.
@@ -120,13 +31,14 @@ import math
 
 import torch
 
-# Sampling starts from pure noise, so only a small share √ᾱ_T of the image may be left at t = T.
+KINDS = ("linear", "cosine")  # of schedules
+
+# Sampling starts from pure noise, so at t = T only this share of the image may be left.
 MAX_SIGNAL = 0.02  # the default schedule leaves 0.006
-KINDS = ("linear", "cosine")  # of the schedule
 
 
 class NoiseSchedule:
-    """The numbers β_t, α_t, ᾱ_t, β̃_t and the Gaussians that they define.
+    """The numbers β_t, α_t, ᾱ_t, β̃_t and the Gaussian distributions that they define.
 
     T             number of noisy steps, at least 2
     kind          "linear": β_t grows evenly from beta_start to beta_end    [DDPM section 4]
@@ -140,6 +52,18 @@ class NoiseSchedule:
     In all methods images are (B, C, H, W), floating point; t is an int or (B,) integers on any
     device. They raise ValueError for a t out of range and TypeError for images of bytes.
     """
+
+    # --------------------------------------------------- 1. The numbers β_t, α_t, ᾱ_t
+    #
+    # β_t is the variance of the noise that step t adds. In the linear schedule it grows evenly from
+    # 0.0001 to 0.02: small steps while the image is clean, larger ones when little is left to
+    # spoil. α_t = 1 - β_t is what step t keeps, and ᾱ_t = α_1 α_2 ··· α_t is what t steps keep.
+    # (All of these are variances; the factors on the image are their square roots.)
+    #
+    # At the end ᾱ_1000 is 4.04e-5, so 0.6 % of the image is left. This must be little, because
+    # sampling will start from pure noise. With the same β_1 and β_T but T = 200, √ᾱ_T would be
+    # 36 %, and the network would be asked to begin with images that it never saw in training. Such
+    # a schedule is refused.
 
     def __init__(self, T: int = 1000, kind: str = "linear", beta_start: float = 1e-4,
                  beta_end: float = 0.02, allow_signal: bool = False):
@@ -166,56 +90,30 @@ class NoiseSchedule:
         return schedule
 
     def _fill(self, betas: torch.Tensor, allow_signal: bool) -> None:
-        if betas.dim() != 1 or len(betas) < 2:
-            raise ValueError(f"betas must be a list of at least 2 steps, not {tuple(betas.shape)}")
-        # A β below 5e-17 rounds α to 1, and the step would do nothing. NaN fails here too.
-        if not ((1 - betas > 0) & (1 - betas < 1)).all():
-            raise ValueError("every beta must lie strictly between 0 and 1; "
-                             f"these run from {betas.min():g} to {betas.max():g}")
-
+        """Compute all arrays from β_1, ..., β_T."""
         # float64 throughout: in float32 the difference 1 - ᾱ_1 = 0.0001 is wrong by 0.02 %.
+        check_betas(betas)
         self.T = len(betas)
         self.beta = torch.cat([torch.zeros(1, dtype=torch.float64), betas])  # β₀ = 0: no noise
         self.alpha = 1 - self.beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)  # ᾱ₀ = 1: all signal
+        check_signal(self.alpha_bar, allow_signal)
 
-        signal = math.sqrt(self.alpha_bar[-1])
-        if signal < 1.2e-38:  # no normal number of float32; predict_x0 divides by it
-            raise ValueError("alpha_bar_T is too small; use smaller or fewer betas")
-        if signal > MAX_SIGNAL and not allow_signal:
-            # For small β, ln ᾱ_T is about -Σβ_t, so this factor on all β brings √ᾱ_T to the bound.
-            factor = math.log(MAX_SIGNAL**2) / math.log(self.alpha_bar[-1])
-            raise ValueError(
-                f"{signal:.1%} of the image is left at t = T = {self.T}, but sampling starts from "
-                f"pure noise (at most {MAX_SIGNAL:.0%}); take more steps or larger betas, about "
-                f"{factor:.2f} times, or the cosine schedule, or accept it with allow_signal=True")
-
-        # β̃₀ has no meaning and stays 0. β̃₁ = 0 follows from ᾱ₀ = 1.            [DDPM Eq. 7]
+        # The variance of a step back, derived above q_posterior. β̃₀ has no meaning and stays 0;
+        # β̃₁ = 0 follows from ᾱ₀ = 1.                                             [DDPM Eq. 7]
         self.beta_tilde = torch.zeros_like(self.beta)
         self.beta_tilde[1:] = betas * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
 
-    def _check(self, t, lowest: int) -> torch.Tensor:
-        """t as integers on the CPU, where the arrays are. Unchecked, t = -1 would mean t = T."""
-        t = torch.as_tensor(t, device="cpu")
-        if t.is_floating_point() or t.dtype == torch.bool or t.dim() > 1:
-            raise TypeError("t must be an int or a one-dimensional tensor of ints")
-        if t.numel() and (t.min() < lowest or t.max() > self.T):
-            raise ValueError(f"t must lie in {lowest}..{self.T}, not {t.min()}..{t.max()}")
-        return t.long()
-
-    def _match(self, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """A float64 scalar or (B,) in the dtype and on the device of x, shaped to multiply it."""
-        if not x.is_floating_point():
-            raise TypeError(f"images must be floating point in [-1, 1], not {x.dtype}")
-        if value.dim() == 1 and len(value) not in (1, len(x)):
-            raise ValueError(f"{len(value)} values of t for a batch of {len(x)} images")
-        value = value.to(x.dtype).to(x.device)  # cast, then move: some devices have no float64
-        return value.reshape(-1, *[1] * (x.dim() - 1)) if value.dim() == 1 else value
-
-    def _signal_and_noise(self, t, x: torch.Tensor, lowest: int) -> tuple[torch.Tensor, ...]:
-        """√ᾱ_t and √(1-ᾱ_t), each to multiply images like x."""
-        alpha_bar = self.alpha_bar[self._check(t, lowest)]
-        return self._match(alpha_bar.sqrt(), x), self._match((1 - alpha_bar).sqrt(), x)
+    # ------------------------------------------------------------ 2. One noisy step
+    #
+    #       q(x_t | x_{t-1}) = N(x_t; √(1-β_t) x_{t-1}, β_t),   so                  [DDPM Eq. 2]
+    #
+    #       x_t = √(1-β_t) x_{t-1} + √β_t ε_t
+    #
+    # where ε_t is standard normal noise. The first factor shrinks the image, the second adds noise.
+    # The factors are matched: if a pixel of x_{t-1} has variance 1 (over images and noise), the
+    # same pixel of x_t again has variance 1, because (1-β_t)·1 + β_t = 1. Without the shrinking,
+    # values would grow from step to step.
 
     def q_step(self, x_prev: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
         """Take one noisy step, x_{t-1} -> x_t.                                    [DDPM Eq. 2]
@@ -226,8 +124,35 @@ class NoiseSchedule:
         Returns x_t = √α_t x_{t-1} + √β_t ε.
         """
         t = self._check(t, lowest=1)
-        return (self._match(self.alpha[t].sqrt(), x_prev) * x_prev
-                + self._match(self.beta[t].sqrt(), x_prev) * eps)
+        signal = self._match(self.alpha[t].sqrt(), x_prev)
+        noise = self._match(self.beta[t].sqrt(), x_prev)
+        return signal * x_prev + noise * eps
+
+    # -------------------------------------------------------- 3. Many steps at once
+    #
+    # Two steps, written out:
+    #
+    #       x_2 = √α_2 x_1 + √β_2 ε_2
+    #           = √α_2 (√α_1 x₀ + √β_1 ε_1) + √β_2 ε_2
+    #           = √(α_1 α_2) x₀ + [ √(α_2 β_1) ε_1 + √β_2 ε_2 ]
+    #
+    # The bracket is a sum of two independent Gaussians. Such a sum is again Gaussian, and variances
+    # add: α_2 β_1 + β_2 = α_2 (1-α_1) + 1 - α_2 = 1 - α_1 α_2. So two steps amount to a single one,
+    # with α_1 α_2 = ᾱ_2 in place of α. In general
+    #
+    #       q(x_t | x₀) = N(x_t; √ᾱ_t x₀, 1-ᾱ_t),   so                              [DDPM Eq. 4]
+    #
+    #       x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε
+    #
+    # Proof by induction. For t = 0 it reads x₀ = x₀. If it holds for t-1, one more step gives
+    #
+    #       x_t = √α_t (√ᾱ_{t-1} x₀ + √(1-ᾱ_{t-1}) ε) + √β_t ε_t
+    #           = √ᾱ_t x₀ + [ √α_t √(1-ᾱ_{t-1}) ε + √β_t ε_t ]
+    #
+    # and the variance of the bracket is α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So the
+    # bracket is √(1-ᾱ_t) times standard normal noise, which is again called ε.
+    #
+    # This is what makes training cheap: a noisy image of any level takes one line, not t steps.
 
     def q_sample(self, x0: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
         """Jump from a clean image straight to noise level t.                      [DDPM Eq. 4]
@@ -240,11 +165,75 @@ class NoiseSchedule:
         signal, noise = self._signal_and_noise(t, x0, lowest=0)
         return signal * x0 + noise * eps
 
-    def step_beta(self, t, t_prev=None) -> torch.Tensor:
-        """β of the one step that does what the steps t_prev + 1 .. t do; sample.py takes such.
+    # Of the three, x₀, ε and x_t, any two determine the third. The next two methods solve the same
+    # equation for x₀ and for ε:
+    #
+    #       x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t          ε = (x_t - √ᾱ_t x₀) / √(1-ᾱ_t)
 
-        By section 2 that step has α = ᾱ_t / ᾱ_{t_prev}. For t_prev = t - 1, or None, it is β_t.
-        Needs 0 <= t_prev < t <= T. Returns float64 of the shape of t.
+    def predict_x0(self, xt: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
+        """The clean image, if eps is the noise in x_t.
+
+        xt   images at noise level t, in 0..T; at t = 0 the result is xt itself
+        eps  the noise, or a network's guess at it
+
+        Returns x₀, or x̂₀ if eps is a guess. An error in eps comes out √(1-ᾱ_t)/√ᾱ_t times as
+        large: 157 times at t = T of the default schedule.
+        """
+        signal, noise = self._signal_and_noise(t, xt, lowest=0)
+        return (xt - noise * eps) / signal
+
+    def predict_eps(self, xt: torch.Tensor, t, x0: torch.Tensor) -> torch.Tensor:
+        """The noise in x_t, if x0 is the clean image.
+
+        xt, x0  images at noise level t, in 1..T, and the clean images, or a guess at them
+
+        Returns ε. Raises ValueError at t = 0, where x_t holds no noise to be found.
+        """
+        signal, noise = self._signal_and_noise(t, xt, lowest=1)
+        return (xt - signal * x0) / noise
+
+    def snr(self, t) -> torch.Tensor:
+        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), float64, infinite at t = 0.        [VDM Eq. 2]"""
+        alpha_bar = self.alpha_bar[self._check(t, lowest=0)]
+        return alpha_bar / (1 - alpha_bar)
+
+    # ------------------------------------------ 4. One step back, if x₀ is known
+    #
+    # To sample we need q(x_{t-1} | x_t). By Bayes' rule it contains q(x_{t-1}), and with it the
+    # unknown distribution of all digits. But q(x_{t-1} | x_t, x₀) can be computed, and in sampling
+    # a guess at x₀ takes the place of x₀. Bayes' rule says, for given x_t and x₀,
+    #
+    #       q(x_{t-1} | x_t, x₀)  ∝  q(x_t | x_{t-1}) · q(x_{t-1} | x₀)
+    #
+    # because x_t depends on x₀ only through x_{t-1}. Both factors are Gaussians that we know. Write
+    # y for x_{t-1}. As functions of y they multiply, for t ≥ 2 and up to a factor without y, to
+    # exp(-S/2) with
+    #
+    #     S = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
+    #       = y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ] - 2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ] + ...
+    #
+    # where the dots contain no y. A Gaussian with mean μ̃ and variance β̃ has
+    # (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ... in the same place. Compare: the first bracket is 1/β̃_t.
+    # Over a common denominator its numerator is α_t (1-ᾱ_{t-1}) + β_t, which is 1-ᾱ_t, as above:
+    #
+    #       1/β̃_t = (1-ᾱ_t) / [ β_t (1-ᾱ_{t-1}) ],   so   β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
+    #
+    # The second bracket, times β̃_t, is the mean:                     [DDPM Eq. 6] [DDPM Eq. 7]
+    #
+    #       μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) · x₀  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) · x_t
+    #
+    # At t = 1 there is nothing to compute: x₀ is given, so the mean is x₀ and the variance 0. The
+    # two formulas say the same. With the variance β̃_t, then, the last step back adds no noise.
+    #
+    # Both methods below take an argument t_prev, which Part 3 needs to skip steps. On first reading
+    # take it to be t - 1. By section 3, the steps t_prev + 1, ..., t amount to one step with
+    # α = ᾱ_t / ᾱ_{t_prev}, and everything above holds for that step as well.
+
+    def step_beta(self, t, t_prev=None) -> torch.Tensor:
+        """β of the one step that does what the steps t_prev + 1, ..., t do.
+
+        Needs 0 <= t_prev < t <= T. For t_prev = t - 1, or None, it is β_t. Returns float64 of the
+        shape of t. Raises ValueError if t_prev is not below t.
         """
         t = self._check(t, lowest=1)
         t_prev = t - 1 if t_prev is None else self._check(t_prev, lowest=0)
@@ -266,64 +255,125 @@ class NoiseSchedule:
         t = self._check(t, lowest=1)
         t_prev = t - 1 if t_prev is None else self._check(t_prev, lowest=0)
         beta = self.step_beta(t, t_prev)
-        v, v_prev = 1 - self.alpha_bar[t], 1 - self.alpha_bar[t_prev]  # variance of the noise
+        v = 1 - self.alpha_bar[t]  # variance of the noise in x_t
+        v_prev = 1 - self.alpha_bar[t_prev]  # and in x_{t_prev}
         x0_weight = self._match(self.alpha_bar[t_prev].sqrt() * beta / v, xt)
         xt_weight = self._match((1 - beta).sqrt() * v_prev / v, xt)
-        return x0_weight * x0 + xt_weight * xt, self._match(beta * v_prev / v, xt)
+        mean = x0_weight * x0 + xt_weight * xt
+        variance = self._match(beta * v_prev / v, xt)
+        return mean, variance
 
-    def predict_x0(self, xt: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
-        """The clean image, if eps is the noise in x_t: section 2 solved for x₀.
+    # ------------------------------------- 5. The same mean in terms of the noise
+    #
+    # Put x₀ = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t into μ̃_t, and use √ᾱ_{t-1} / √ᾱ_t = 1/√α_t. The factor of
+    # x_t becomes [β_t + α_t (1-ᾱ_{t-1})] / [√α_t (1-ᾱ_t)] = 1/√α_t, because the numerator is again
+    # 1-ᾱ_t. The factor of ε becomes -β_t / [√α_t √(1-ᾱ_t)]. Together            [DDPM Eq. 11]
+    #
+    #       μ̃_t = 1/√α_t · ( x_t - β_t/√(1-ᾱ_t) · ε )
+    #
+    # In words: remove a share of the noise, then undo the shrinking of step t. Here is why a network
+    # that names the noise is all that we need: train.py trains it, and sample.py steps back with it.
 
-        xt   images at noise level t, in 0..T; at t = 0 the result is xt itself
-        eps  the noise, or a network's guess at it
+    # --------------------------------------------- What the methods above have in common
 
-        Returns x₀, or x̂₀ if eps is a guess. An error in eps comes out √(1-ᾱ_t)/√ᾱ_t times as
-        large: 157 times at t = T of the default schedule.
-        """
-        signal, noise = self._signal_and_noise(t, xt, lowest=0)
-        return (xt - noise * eps) / signal
+    def _check(self, t, lowest: int) -> torch.Tensor:
+        """t as integers on the CPU, where the arrays are. Unchecked, t = -1 would mean t = T."""
+        t = torch.as_tensor(t, device="cpu")
+        if t.is_floating_point() or t.dtype == torch.bool or t.dim() > 1:
+            raise TypeError("t must be an int or a one-dimensional tensor of ints")
+        if t.numel() and (t.min() < lowest or t.max() > self.T):
+            raise ValueError(f"t must lie in {lowest}..{self.T}, not {t.min()}..{t.max()}")
+        return t.long()
 
-    def predict_eps(self, xt: torch.Tensor, t, x0: torch.Tensor) -> torch.Tensor:
-        """The noise in x_t, if x0 is the clean image: section 2 solved for ε.
+    def _match(self, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A float64 scalar or (B,) in the dtype and on the device of x, shaped to multiply it."""
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating point in [-1, 1], not {x.dtype}")
+        if value.dim() == 1 and len(value) not in (1, len(x)):
+            raise ValueError(f"{len(value)} values of t for a batch of {len(x)} images")
+        value = value.to(x.dtype).to(x.device)  # cast, then move: some devices have no float64
+        if value.dim() == 1:
+            value = value.reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, 1, 1)
+        return value
 
-        xt, x0  images at noise level t, in 1..T, and the clean images, or a guess at them
-
-        Returns ε. Raises ValueError at t = 0, where x_t holds no noise to be found.
-        """
-        signal, noise = self._signal_and_noise(t, xt, lowest=1)
-        return (xt - signal * x0) / noise
-
-    def snr(self, t) -> torch.Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), float64, infinite at t = 0.        [VDM Eq. 2]"""
-        alpha_bar = self.alpha_bar[self._check(t, lowest=0)]
-        return alpha_bar / (1 - alpha_bar)
+    def _signal_and_noise(self, t, x: torch.Tensor, lowest: int) -> tuple[torch.Tensor, ...]:
+        """√ᾱ_t and √(1-ᾱ_t), each to multiply images like x."""
+        alpha_bar = self.alpha_bar[self._check(t, lowest)]
+        return self._match(alpha_bar.sqrt(), x), self._match((1 - alpha_bar).sqrt(), x)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Print a noise schedule.")
-    parser.add_argument("--T", type=int, default=1000, help="number of noisy steps (1000)")
-    parser.add_argument("--kind", default="linear", choices=KINDS, help="(linear)")
-    args = parser.parse_args(argv)
-    try:
-        schedule = NoiseSchedule(args.T, args.kind)
-    except ValueError as error:
-        parser.error(str(error))
+# =========================================================================================
+# Below this line is plumbing: schedules that cannot work, the command line, the table.
+# =========================================================================================
+
+def check_betas(betas: torch.Tensor) -> None:
+    """Raise ValueError if these cannot be β_1, ..., β_T."""
+    if betas.dim() != 1 or len(betas) < 2:
+        raise ValueError(f"betas must be a list of at least 2 steps, not {tuple(betas.shape)}")
+    # A β below 5e-17 rounds α to 1, and the step would do nothing. NaN fails here, too.
+    if not ((1 - betas > 0) & (1 - betas < 1)).all():
+        raise ValueError("every beta must lie strictly between 0 and 1; "
+                         f"these run from {betas.min():g} to {betas.max():g}")
+
+
+def check_signal(alpha_bar: torch.Tensor, allow_signal: bool) -> None:
+    """Raise ValueError if too much of the image is left at t = T, or too little to compute with."""
+    signal = math.sqrt(alpha_bar[-1])
+    if signal < 1.2e-38:  # no normal number of float32; predict_x0 divides by it
+        raise ValueError("alpha_bar_T is too small; use smaller or fewer betas")
+    if signal > MAX_SIGNAL and not allow_signal:
+        # For small β, ln ᾱ_T is about -Σβ_t, so this factor on all β brings √ᾱ_T to the bound.
+        factor = math.log(MAX_SIGNAL**2) / math.log(alpha_bar[-1])
+        raise ValueError(
+            f"{signal:.1%} of the image is left at t = T = {len(alpha_bar) - 1}, but sampling "
+            f"starts from pure noise (at most {MAX_SIGNAL:.0%}); take more steps or larger betas, "
+            f"about {factor:.2f} times, or the cosine schedule, or accept it with "
+            "allow_signal=True")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are answered in one line, without the list of options."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def print_table(schedule: NoiseSchedule) -> None:
+    """The numbers of a schedule at eleven t and at t = 1."""
     print(f"{'t':>5} {'beta':>10} {'alpha_bar':>11} {'SNR [dB]':>9} {'beta_tilde':>11}")
     for t in sorted({round(schedule.T * k / 10) for k in range(11)} | {1}):
         decibel = 10 * torch.log10(schedule.snr(t)).item()
         print(f"{t:5d} {schedule.beta[t]:10.6f} {schedule.alpha_bar[t]:11.4g} {decibel:9.1f} "
               f"{schedule.beta_tilde[t]:11.6f}")
 
-    x0, chains = 0.5, 20_000
+
+def print_check(schedule: NoiseSchedule, x0: float = 0.5, chains: int = 20_000) -> None:
+    """Mean and standard deviation of many chains of single steps, beside the closed form."""
     print(f"\n{chains:,} chains of random single steps from x0 = {x0}, beside the closed form:")
     print(f"{'t':>5} {'mean':>10} {'closed':>10} {'std':>10} {'closed':>10}")
     generator = torch.Generator().manual_seed(0)
     x = torch.full((chains, 1, 1, 1), x0, dtype=torch.float64)
+    shown = {round(schedule.T * k / 5) for k in range(1, 6)}
     for t in range(1, schedule.T + 1):
         x = schedule.q_step(x, t, torch.randn(x.shape, generator=generator, dtype=x.dtype))
-        if t in {round(schedule.T * k / 5) for k in range(1, 6)}:
-            mean, std = schedule.alpha_bar[t].sqrt() * x0, (1 - schedule.alpha_bar[t]).sqrt()
+        if t in shown:
+            mean = schedule.alpha_bar[t].sqrt() * x0
+            std = (1 - schedule.alpha_bar[t]).sqrt()
             print(f"{t:5d} {x.mean():10.4f} {mean:10.4f} {x.std():10.4f} {std:10.4f}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="Print a noise schedule.")
+    parser.add_argument("--T", type=int, default=1000,
+                        help="number of noisy steps (default: %(default)s)")
+    parser.add_argument("--kind", default="linear", choices=KINDS, help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        schedule = NoiseSchedule(args.T, args.kind)
+    except ValueError as error:
+        parser.error(str(error))
+    print_table(schedule)
+    print_check(schedule)
 
 
 if __name__ == "__main__":

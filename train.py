@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from schedule import KINDS, NoiseSchedule
+from schedule import KINDS, NoiseSchedule, Parser
 from unet import UNet, pick_device, prepare_device
 
 HERE = Path(__file__).resolve().parent
@@ -900,9 +900,9 @@ def noted_signals() -> Iterator[list[int]]:
 
 # ------------------------------------------------------------------------- the command line
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """An option for each field of Config, and --resume and --quick."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     for option in fields(Config):
         # SUPPRESS leaves out what was not given: --resume must tell it from a default.
         parser.add_argument(f"--{option.name.replace('_', '-')}", type=option.type,
