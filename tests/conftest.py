@@ -48,10 +48,11 @@ def no_global_randomness():
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The folder of a finished run of two steps on sixteen built-in digits, T = 20."""
-    import train
-    from digits import builtin_digits
+    import train  # not at the top of the file, where it is not on the path yet
     out = tmp_path_factory.mktemp("run")
-    train.train(train.Config(epochs=1, batch_size=8, T=20, schedule="cosine", out=str(out),
-                             device="cpu"),
-                images=(builtin_digits(16, seed=0)[0], builtin_digits(8, seed=1)[0]))
+    config = train.Config(epochs=1, batch_size=8, T=20, schedule="cosine", out=str(out),
+                          device="cpu")
+    training, _ = train.builtin_digits(16, seed=0)
+    held_out, _ = train.builtin_digits(8, seed=1)
+    train.train(config, images=(training, held_out))
     return out

@@ -6,9 +6,9 @@ The blog's network has as many parameters as ours, so it is a yardstick that eve
 ratio of the two times says more than seconds, which depend on the machine and on what else runs on
 it. Both networks are measured in turn, many times; the median and the best time are printed. A
 matrix product of 2048 x 2048 in float32, the precision in which both networks compute, shows how
-fast the machine itself is. "Of peak" is the share of that speed which the multiply-adds of a network
-reach (a backward pass counts as two forward passes). Sampling is counted in image-steps: 32 digits
-in 1,000 steps are 32,000 of them.
+fast the machine itself is. "Of peak" is the share of that speed which the multiply-adds of a
+network reach (a backward pass counts as two forward passes). Sampling is counted in image-steps: 32
+digits in 1,000 steps are 32,000 of them.
 """
 
 import argparse

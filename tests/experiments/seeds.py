@@ -7,7 +7,7 @@
 
 Each run is `python train.py --seed N`, into runs/seed-N. Ctrl-C saves it, and the same command goes
 on with it. Seed 0 is the shipped model. At the end, the start of seed 0 is trained once more and
-evaluated every ten steps: after how many steps is the held-out loss below the last loss of the blog?
+evaluated every ten steps: after how many steps is the held-out loss below the blog's last loss?
 
 The losses and seconds of each epoch go to pretrained/seeds.json; the runs of other seeds in it are
 kept. With OMP_NUM_THREADS=1, two processes with one seed each keep to one core each, and together

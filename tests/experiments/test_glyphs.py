@@ -25,22 +25,22 @@ def test_picture_is_ten_digits_wide():
 
 
 def test_each_cell_holds_one_digit_in_its_middle():
-    """Black all around, at least 36 pixels more white than black, of at least half the height of the
-    cell; and the middle of what is lit is at most 3.5 pixels from the middle of the cell.
+    """36 to 200 pixels are more white than black; they are at least 14 pixels high, and their middle
+    is at most 3.5 pixels from the middle of the cell, whose rim is black.
     """
     for glyph in cells().flatten(0, 1):
         lit = glyph > 127
-        assert 36 <= lit.sum() <= 200
+        rows = lit.any(dim=1).nonzero().flatten().tolist()
+        columns = lit.any(dim=0).nonzero().flatten().tolist()
+        assert 36 <= lit.sum() <= 200 and rows[-1] - rows[0] >= 13
         assert not (glyph[[0, -1]].any() or glyph[:, [0, -1]].any())
-        for side in (0, 1):
-            places = lit.any(dim=side).nonzero().flatten().tolist()
+        for places in (rows, columns):
             assert abs((places[0] + places[-1]) / 2 - 13.5) <= 3.5
-        assert places[-1] - places[0] >= 14
 
 
 def test_each_column_is_one_digit_in_many_fonts():
-    """Nine of ten glyphs are most like another glyph of their own column; by chance one of ten would
-    be. And no two fonts draw a digit in the same way.
+    """Nine of ten glyphs are most like another glyph of their own column; by chance, one of ten
+    would be. And no two fonts draw a digit in the same way.
     """
     glyph = cells().flatten(0, 1).flatten(1).double()
     glyph = torch.nn.functional.normalize(glyph - glyph.mean(dim=1, keepdim=True))

@@ -7,16 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import yardstick
-from digits import builtin_digits
-from strategies import FEW, SEED, normal, pictures
-from yardstick import frechet_distance, look, measure, nearest
+from tests.experiments import yardstick
+from tests.experiments.yardstick import frechet_distance, look, measure, nearest
+from tests.strategies import FEW, SEED, normal, pictures
+from train import builtin_digits
+
+pytestmark = pytest.mark.slow
 
 
 @given(SEED, st.integers(1, 6), st.integers(10, 40))
 def test_distance_of_a_set_to_itself_is_zero_and_symmetric(seed, width, count):
     """d(a, a) = 0, d(a, b) = d(b, a), and the order of the rows does not matter."""
-    a, b = normal(seed, count, width), normal(seed + 1, count + 3, width) * 2 + 1
+    a = normal(seed, count, width)
+    b = normal(seed + 1, count + 3, width) * 2 + 1
     assert abs(frechet_distance(a, a)) < 1e-10
     assert math.isclose(frechet_distance(a, b), frechet_distance(b, a), rel_tol=1e-8)
     assert math.isclose(frechet_distance(a, b), frechet_distance(a.flip(0), b), rel_tol=1e-8)
@@ -33,21 +36,26 @@ def test_distance_in_one_dimension_is_known(seed, stretch, shift):
 
 @given(SEED)
 def test_distance_equals_the_general_formula(seed):
-    """The trace of (C_a C_b)^½ is the sum of the roots of the eigenvalues of C_a C_b, by a solver
-    for matrices that are not symmetric."""
-    a, b = normal(seed, 50, 4) @ normal(seed + 1, 4, 4), normal(seed + 2, 50, 4) @ normal(seed + 3, 4, 4)
+    """The trace of (C_a C_b)^½ is the sum of the roots of the eigenvalues of C_a C_b, as computed by
+    a solver for matrices that are not symmetric.
+    """
+    a = normal(seed, 50, 4) @ normal(seed + 1, 4, 4)
+    b = normal(seed + 2, 50, 4) @ normal(seed + 3, 4, 4)
     eigenvalues = torch.linalg.eigvals(a.T.cov() @ b.T.cov())
     expected = ((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace()
                 - 2 * eigenvalues.real.clamp(min=0).sqrt().sum())
-    # Eigenvalues near 0 are exact to about 1e-16 of the largest one, their roots to 1e-8 of its root.
+    # Eigenvalues near 0 are exact to about 1e-16 of the largest one, and their roots to 1e-8 of its
+    # root.
     scale = (a.T.cov().trace() + b.T.cov().trace()).item()
     assert abs(frechet_distance(a, b) - expected.item()) < 1e-6 * scale
 
 
 @given(SEED, st.floats(0.3, 0.9))
 def test_distance_sees_covariance_alone(seed, correlation):
-    """Same means and same variances, another correlation: for standard normal pairs the distance is
-    2 (2 - √(1 + ρ) - √(1 - ρ)), because (C_a C_b)^½ has the eigenvalues √(1 ± ρ)."""
+    """Two sets of standard normal pairs with the same means and variances, the second with a
+    correlation of ρ: the distance is 2 (2 - √(1 + ρ) - √(1 - ρ)), because (C_a C_b)^½ has the
+    eigenvalues √(1 ± ρ).
+    """
     x = normal(seed, 200, 2)
     x = x - x.mean(0)
     white = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # covariance 1, exactly
@@ -59,34 +67,36 @@ def test_distance_sees_covariance_alone(seed, correlation):
 @FEW
 @given(SEED)
 def test_nearest_equals_a_plain_loop(seed):
-    """The root of the mean square of the difference, smallest of all, and whose it is; 0 for a set
-    within another."""
-    images, others = pictures(5, 8, seed), pictures(7, 8, seed + 1)
+    """It is the smallest root of the mean square of the difference, with the index of that image;
+    it is 0 if the image itself is among the others.
+    """
+    images = pictures(5, 8, seed)
+    others = pictures(7, 8, seed + 1)
     loop = [[((a - b) ** 2).mean().sqrt().item() for b in others.double() / 127.5]
             for a in images.double() / 127.5]
-    distance, which = nearest(images, others)
+    distance, index = nearest(images, others)
     # The squares cancel in float32: 64 products of size 1, each rounded to 6e-8, give errors of
     # 64 * 6e-8 / 64 in the mean square, and of its root near zero.
     assert distance.tolist() == pytest.approx([min(row) for row in loop], abs=1e-3)
-    assert all(row[k] <= min(row) + 1e-3 for row, k in zip(loop, which.tolist()))
+    assert all(row[k] <= min(row) + 1e-3 for row, k in zip(loop, index.tolist()))
     assert nearest(images, torch.cat([others, images]))[0].amax() < 1e-3
 
 
 def test_training_teaches_the_classifier_and_measure_sees_what_was_drawn():
-    """400 built-in digits, six times: better than chance by far on others, and noise is far away."""
+    """After six passes over 400 built-in digits it is far better than chance on others, to which
+    noise has a much larger distance than digits have.
+    """
     images, labels = builtin_digits(400, seed=0)
     others, truth = builtin_digits(200, seed=1)
-    before = torch.get_rng_state()
     classifier = yardstick.train_classifier(images, labels, epochs=6, batch_size=25)
-    assert torch.equal(before, torch.get_rng_state())
     reference = look(classifier, others)
     assert reference[0].dtype == reference[1].dtype == torch.float64
     assert torch.allclose(reference[1].sum(1), torch.ones(200, dtype=torch.float64))
     assert (reference[1].argmax(1) == truth).double().mean() > 0.6  # chance is 0.1
     real = measure(classifier, images[:200], reference, images)
-    noise = measure(classifier, torch.randint(
-        256, (200, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
-        reference, images)
+    static = torch.randint(256, (200, 1, 28, 28), generator=torch.Generator().manual_seed(0),
+                           dtype=torch.uint8)
+    noise = measure(classifier, static, reference, images)
     assert sum(real["classes"]) == real["count"] == 200
     assert real["nearest"] < 1e-3 < noise["nearest"]
     assert 10 * real["distance"] < noise["distance"]
