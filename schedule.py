@@ -209,8 +209,9 @@ class NoiseSchedule:
     # y for x_{t-1}. As functions of y they multiply, for t ≥ 2 and up to a factor without y, to
     # exp(-S/2) with
     #
-    #     S = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
-    #       = y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ] - 2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ] + ...
+    #       S = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
+    #         =   y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ]
+    #           - 2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ]  +  ...
     #
     # where the dots contain no y. A Gaussian with mean μ̃ and variance β̃ has
     # (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ... in the same place. Compare: the first bracket is 1/β̃_t.

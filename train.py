@@ -902,7 +902,7 @@ def noted_signals() -> Iterator[list[int]]:
 
 def make_parser() -> Parser:
     """An option for each field of Config, and --resume and --quick."""
-    parser = Parser(description=__doc__.partition("\n")[0])
+    parser = Parser(description="Train a diffusion model on images of digits.")
     for option in fields(Config):
         # SUPPRESS leaves out what was not given: --resume must tell it from a default.
         parser.add_argument(f"--{option.name.replace('_', '-')}", type=option.type,
