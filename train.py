@@ -248,8 +248,24 @@ def training_step(run: "Run", x0: torch.Tensor) -> torch.Tensor:
     xt = run.schedule.q_sample(x0, t, eps)
     eps_hat = run.network(xt.to(run.device), t.to(run.device))
     loss = F.mse_loss(eps_hat, eps.to(run.device))
-    run.descend(loss)
+    gradient_step(run, loss)
     return loss.detach()
+
+
+def gradient_step(run: "Run", loss: torch.Tensor) -> None:
+    """Move the weights along the negative gradient of the loss, and the average after them."""
+    run.adam.zero_grad()
+    loss.backward()
+
+    # A rare batch with a huge gradient must not throw the weights far off.
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
+
+    # Adam divides each gradient by a running average of its size, so that all weights move at about
+    # the speed that the learning rate says.
+    run.adam.param_groups[0]["lr"] = run.learning_rate(run.step, run.steps, run.config)
+    run.adam.step()
+    update_average(run.average, run.model, run.step, run.config.ema)
+    run.step += 1
 
 
 # ----------------------------- 3. Around the step: learning rate, averaged weights, evaluation
@@ -415,10 +431,10 @@ class Run:
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.network = share_gradients(self.model)
 
-        # Adam divides each gradient by a running average of its size. The decay of this average,
-        # usually 0.999, is 0.99 here: in a short run the gradients change quickly, and 0.99 forgets
-        # old ones within about 100 steps. (These are also called beta, but have nothing to do with
-        # the noise.)
+        # The second of Adam's decays, by which it remembers the size of gradients, is usually
+        # 0.999. Here it is 0.99: in a short run the gradients change quickly, and 0.99 forgets old
+        # ones within about 100 steps. (PyTorch calls the decays betas. They
+        # have nothing to do with β_t.)
         self.adam = torch.optim.Adam(self.model.parameters(), lr=config.lr, betas=(0.9, 0.99),
                                      fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -445,20 +461,6 @@ class Run:
     def epoch(self) -> int:
         """The epoch of the last finished step, from 1."""
         return (self.step - 1) // self.steps_per_epoch + 1
-
-    def descend(self, loss: torch.Tensor) -> None:
-        """Move the weights along the negative gradient of the loss, and the average after them."""
-        self.adam.zero_grad()
-        loss.backward()  # with several processes, this also averages the gradient over them
-
-        # A rare batch with a huge gradient must not throw the weights far off.
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-
-        rate = self.learning_rate(self.step, self.steps, self.config)
-        self.adam.param_groups[0]["lr"] = rate
-        self.adam.step()
-        update_average(self.average, self.model, self.step, self.config.ema)
-        self.step += 1
 
     def record(self, loss: torch.Tensor) -> None:
         """Note the loss of a step; read_losses() puts it into the history."""
