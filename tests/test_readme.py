@@ -1,9 +1,15 @@
-"""Every command and every piece of Python that the README shows works, with a small budget."""
+"""The four READMEs are true: their commands and Python run, their pictures, links and names exist.
+
+Each command is tried with a small budget: train.py on 24 pictures written in MNIST's own format,
+the others with a model of two training steps, the experiments by printing what they have measured.
+"""
 
 import hashlib
 import importlib
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,96 +17,225 @@ from pathlib import Path
 import pytest
 import torch
 
+from strategies import pictures, write_mnist
+from tests.test_bugs import BUGS
+from tests.test_tags import HEAD, table
+
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = [ROOT / folder / "README.md" for folder in ("", "tests", "tests/experiments", "pretrained")]
+TEXTS = {file: file.read_text(encoding="utf-8") for file in FILES}
+README, _, RESULTS, MODEL_CARD = TEXTS.values()
+# In an inline command a line may break anywhere.
+EVERYTHING = " ".join("\n".join(TEXTS.values()).split())
+SCRIPTS = ("schedule", "unet", "train", "sample", "plots")
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language in all READMEs, without the indentation of a list."""
+    found = []
+    for text in TEXTS.values():
+        for indent, block in re.findall(rf"^( *)```{language}\n(.*?)^ *```", text,
+                                        re.DOTALL | re.MULTILINE):
+            found.append(re.sub(f"^{indent}", "", block, flags=re.MULTILINE))
+    return found
 
 
 def commands() -> list[str]:
-    """What follows "python" in each line of the README's bash blocks, without comments, and the
-    calls of the five scripts in its text."""
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).splitlines()
-    return [found[1].strip() for line in lines
-            if (found := re.search(r"\.venv/bin/python ([^#]+)", line))] + re.findall(
-        r"`(?:python )?((?:train|sample|plots)\.py [^`]+)`", TEXT.replace("\n", " "))
+    """What follows "python" in the bash blocks and in the text of all READMEs, without comments.
+
+    In the text, the name of a script with an option is a command, too.
+    """
+    lines = "\n".join(blocks("bash")).splitlines()
+    found = [match[1] for line in lines for match in re.finditer(r"\.venv/bin/python ([^#]+)", line)]
+    found += re.findall(r"`(?:\.venv/bin/)?python (-m [^`]+|[\w/]+\.py[^`]*)`", EVERYTHING)
+    found += re.findall(r"`((?:train|sample|plots)\.py --[^`]+)`", EVERYTHING)
+    return sorted({" ".join(command.split()) for command in found})
 
 
-def tools() -> list[str]:
-    """The calls of scripts under tests/ in the text."""
-    return re.findall(r"`python (tests/\w+\.py[^`]*)`", TEXT.replace("\n", " "))
+def experiments() -> list[str]:
+    return [command for command in commands() if command.startswith("-m tests.experiments.")]
 
 
-def test_readme_shows_the_commands_that_matter():
-    """Training, sampling, drawing and the tests are among them."""
-    shown = " ".join(commands())
-    for name in ("train.py", "sample.py", "plots.py", "-m pytest tests", "--variance zero"):
-        assert name in shown
-    assert {call.split()[0] for call in tools()} == {
-        f"tests/{name}.py" for name in ("seeds", "measure", "bound", "ablations", "benchmark")}
+def calls_of_scripts() -> list[str]:
+    return [command for command in commands() if command.startswith(SCRIPTS)]
 
 
-@pytest.mark.parametrize("command", sorted(set(commands())))
-def test_command_of_the_readme_works(command, tiny_run, tmp_path, monkeypatch, capsys):
-    """train.py with 16 built-in digits, the others with a model of two steps, all into a folder of
-    the test. What the README gives is kept, but for the model file and the sizes of the run."""
-    name, *given = shlex.split(command)
-    if name == "-m":  # finds tests; that they pass is for the suite to say, which this is part of
-        monkeypatch.chdir(ROOT)
-        run = subprocess.run([sys.executable, *shlex.split(command), "--collect-only", "-q"],
-                             capture_output=True, text=True)
-        assert run.returncode == 0 and "::test_" in run.stdout
-        return
+def runs_of_pytest() -> list[str]:
+    return [command for command in commands() if command.startswith("-m pytest")]
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings: lower case, no punctuation, hyphens for spaces."""
+    without_code = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    """A folder with 24 pictures in the files of MNIST, FashionMNIST and KMNIST."""
+    folder = tmp_path_factory.mktemp("data")
+    write_mnist(folder, pictures(24), torch.zeros(24))
+    for name in ("FashionMNIST", "KMNIST"):
+        shutil.copytree(folder / "MNIST", folder / name)
+    return folder
+
+
+# ------------------------------------------------------------------------------- the commands
+
+def test_commands_that_matter_are_shown():
+    """Training, sampling, drawing and the tests are in the README, every experiment in its own."""
+    for command in ("train.py", "sample.py", "plots.py", 'pytest tests -m "not slow"'):
+        assert f".venv/bin/python {command}" in README.replace("-m pytest", "pytest")
+    shown = {command.split()[1].rpartition(".")[2] for command in experiments()}
+    files = (ROOT / "tests" / "experiments").glob("[a-z]*.py")
+    assert shown == {file.stem for file in files if not file.name.startswith("test_")}
+
+
+def test_every_command_is_of_a_kind_that_is_tried():
+    """A script, an experiment, a run of pytest, or the table of formulas (see test_tags.py)."""
+    tried = {*experiments(), *calls_of_scripts(), *runs_of_pytest(), "tests/test_tags.py"}
+    assert set(commands()) == tried
+    assert min(len(experiments()), len(calls_of_scripts()), len(runs_of_pytest())) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", calls_of_scripts())
+def test_script_runs_as_shown(command, tiny_run, tiny_data, tmp_path, monkeypatch, capsys):
+    """Each option that is shown is given; those that say how much, and from where, come after it."""
+    name, *options = shlex.split(command)
     model = ["--checkpoint", str(tiny_run / "model.pt"), "--device", "cpu"]
-    budget = {"train.py": ["--dataset", "builtin", "--images", "16", "--batch-size", "8", "--epochs",
-                           "1", "--val-images", "8", "--device", "cpu", "--out",
-                           str(tmp_path / "run")],
-              "sample.py": [*model, "--out", str(tmp_path / "digits.png")],
-              "plots.py": [*model, "--out", str(tmp_path)]}[name]
-    script = importlib.import_module(name.removesuffix(".py"))
-    if name == "train.py":  # so that it need not draw 70,000 digits
-        from digits import builtin_digits
-        monkeypatch.setattr(script, "load_images", lambda *args: builtin_digits(16, seed=0))
-    if "--steps" in given:
-        given[given.index("--steps") + 1] = "10"  # the small model has 20
-    monkeypatch.chdir(tmp_path)  # for files that are named without a folder
-    if "--resume" in given:
-        script.main(budget)
-    script.main([*given, *budget])
-    assert capsys.readouterr().out and any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("command", sorted(set(tools())))
-def test_tool_of_the_readme_works(command, monkeypatch, capsys):
-    """It takes the options that are given and, asked for no more than its table, prints the one in
-    the README; the benchmark measures once."""
-    name, *given = shlex.split(command)
+    budget = {
+        "train.py": ["--data", str(tiny_data), "--images", "16", "--val-images", "8", "--epochs",
+                     "1", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path / "run")],
+        "sample.py": [*model, "--out", str(tmp_path / "digits.png")],
+        "plots.py": [*model, "--out", str(tmp_path)]}[name]
+    if "builtin" in options:
+        budget += ["--dataset", "mnist"]  # drawing 70,000 built-in digits takes too long
+    if "--steps" in options:
+        budget += ["--steps", "10"]  # the model of the test has no more than 20
     script = importlib.import_module(Path(name).stem)
-    budget = ["--rounds", "1", "--device", "cpu"] if name == "tests/benchmark.py" else ["--table"]
-    monkeypatch.setattr(sys, "argv", [name, *given, *budget])
-    script.main()
-    shown = capsys.readouterr().out
-    rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert "\n".join(rows) in TEXT and (rows or "ours takes" in shown)
+    monkeypatch.chdir(tmp_path)  # a file that is named without a folder goes there
+    if "--resume" in options:
+        script.main(budget)
+    script.main([*options, *budget])
+    assert capsys.readouterr().out
+    assert any(tmp_path.iterdir())
 
 
-def test_python_of_the_readme_works(capsys):
-    """The example of the contract prints a line for each step; the exercise ends with digits."""
-    contract, exercise = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", experiments())
+def test_experiment_runs_as_shown(command, tmp_path, capsys):
+    """It prints the table that stands in its README, or measures little, or knows its options.
+
+    The table is printed by those that have measured one. The benchmark measures once, and the
+    glyphs are drawn elsewhere. The others take long, or write to pretrained/: only their help is
+    asked for, and must list the options that are shown.
+    """
+    _, module, *options = shlex.split(command)
+    name = module.rpartition(".")[2]
+    main = importlib.import_module(module).main
+    if name in ("seeds", "measure", "bound", "ablations"):
+        main([*options, "--table"])
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert len(rows) > 3 and "\n".join(rows) in RESULTS
+    elif name == "benchmark":
+        main([*options, "--rounds", "1", "--device", "cpu"])
+        assert "ours takes" in capsys.readouterr().out
+    elif name == "glyphs":
+        main([*options, "--sample", str(tmp_path / "digits.png")])
+        assert (tmp_path / "digits.png").exists()
+    else:
+        with pytest.raises(SystemExit) as exit_:
+            main(["--help"])
+        usage = capsys.readouterr().out
+        assert exit_.value.code == 0
+        assert all(option in usage for option in options if option.startswith("-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", runs_of_pytest())
+def test_run_of_pytest_finds_tests(command):
+    """That they pass is for the whole suite to say, of which this is a part."""
+    run = subprocess.run([sys.executable, *shlex.split(command), "--collect-only", "-q"], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert "::test_" in run.stdout
+
+
+def test_table_of_formulas_is_printed_as_shown(capsys):
+    """`python tests/test_tags.py` prints it; that it is in tests/README.md is tested there."""
+    runpy.run_path(str(ROOT / "tests" / "test_tags.py"), run_name="__main__")
+    assert capsys.readouterr().out == HEAD + table() + "\n"
+
+
+def test_python_of_the_readmes_runs(capsys):
+    """The six lines print a line for each step; the exercise ends with digits.
+
+    At t = 400 much of the digit is left: each result is likest to the digit that it was made of.
+    """
+    six_lines, exercise = blocks("python")
+    names = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        exec(compile(contract, "README.md", "exec"), {})
+        exec(compile(six_lines, "README.md", "exec"), {})
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) > 10 and lines[-1].startswith("0 ")
-        exec(compile(exercise, "README.md", "exec"), names := {})
+        exec(compile(exercise, "tests/README.md", "exec"), names)
+    assert len(lines) == 21 and lines[-1].startswith("0 ")
     assert names["t"] == 0 and names["x0"].shape == (4, 1, 28, 28)
-    # At t = 400 much of the digit is left: each result is likest to the digit that it was made of.
     apart = torch.cdist(names["x0"].flatten(1), names["digits"].flatten(1))
     assert apart.argmin(dim=1).tolist() == [0, 1, 2, 3]
 
 
-def test_pictures_of_the_readme_are_there():
-    """Each picture that the README shows is in the repository, and each figure is shown."""
-    shown = set(re.findall(r"\]\((figures/[^)]+)\)", TEXT))
-    assert shown == {f"figures/{path.name}" for path in (ROOT / "figures").iterdir()}
+# ------------------------------------------------------------------- pictures, links and names
+
+def test_every_picture_is_shown_and_exists():
+    """Every file in figures/ is shown in some README, and every picture that is shown exists."""
+    shown = {(file.parent / link).resolve() for file, text in TEXTS.items()
+             for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)}
+    assert shown == set((ROOT / "figures").iterdir())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    """Each relative link leads to a file or folder, and its anchor to a heading of that file."""
+    links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", TEXTS[file])
+    inside = [(path, anchor) for path, anchor in links if not path.startswith("https://")]
+    assert inside
+    for path, anchor in inside:
+        target = (file.parent / path).resolve() if path else file
+        assert target.exists(), path
+        if anchor:
+            page = target / "README.md" if target.is_dir() else target
+            assert anchor in anchors(TEXTS[page]), f"{path}#{anchor}"
+
+
+def test_each_claim_of_the_blog_has_its_section():
+    """Eight rows, each with one link to the section of tests/experiments/README.md of its number."""
+    table = README.split("## What the blog says, measured")[1].split("\n## ")[0]
+    links = re.findall(r"^\| \[(\d)\]\(tests/experiments/README\.md#(\d)-[^)]+\)", table,
+                       re.MULTILINE)
+    assert links == [(str(k), str(k)) for k in range(1, 9)]
+    assert table.count("](") == 8
+
+
+def test_names_in_the_text_exist():
+    """Each script that is named is a file, and `train.evaluate` and the like are names in it."""
+    folders = [ROOT, ROOT / "tests", ROOT / "tests" / "experiments"]
+    for name in set(re.findall(r"`(?:python )?([\w/]+\.py)\b", EVERYTHING)):
+        assert any((folder / name).exists() for folder in folders), name
+    for module, name in set(re.findall(rf"`({'|'.join(SCRIPTS)})\.(\w+)`", EVERYTHING)):
+        assert name == "py" or hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_readme_is_short():
+    """A front door of about 180 lines; the rest stands in the three others."""
+    assert len(README.splitlines()) <= 200
+
+
+def test_number_of_bugs_is_right():
+    """The README says how many bugs the catalogue has."""
+    assert f" {len(BUGS)} bugs" in EVERYTHING
 
 
 def test_animation_is_small_enough_to_load():
@@ -109,12 +244,11 @@ def test_animation_is_small_enough_to_load():
 
 
 def test_model_card_is_of_the_shipped_model():
-    """Its size in thousands of bytes and its SHA-256."""
-    model = (ROOT / "pretrained" / "model.pt").read_bytes()
-    assert f"{len(model) / 1000:,.0f} kB" in TEXT and hashlib.sha256(model).hexdigest() in TEXT
-
-
-def test_scripts_of_the_readme_are_there():
-    """Each script that is named in the text exists."""
-    for name in set(re.findall(r"`(?:python )?((?:tests/)?\w+\.py)", TEXT)):
-        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+    """Its size in thousands of bytes and its SHA-256; and every file beside it is described."""
+    folder = ROOT / "pretrained"
+    model = (folder / "model.pt").read_bytes()
+    assert f"{len(model) / 1000:,.0f} kB" in MODEL_CARD
+    assert hashlib.sha256(model).hexdigest() in MODEL_CARD
+    for file in folder.iterdir():
+        named = "epoch-" if file.name.startswith("epoch-") else file.name
+        assert file == FILES[3] or f"`{named}" in MODEL_CARD, file.name
