@@ -1,56 +1,73 @@
 """Part 3, continued. The figures of the book, drawn from a trained model.
 
-    python plots.py                       all figures
-    python plots.py loss grid             those named; --help lists them
+    python plots.py                  all figures
+    python plots.py loss grid        only these two; --help lists their names
 
-This script draws and never trains. Some figures need only a model file with its history, others 32
-digits sampled in 1,000 steps. The rest show what tests/measure.py and tests/bound.py have measured
-to check the blog's claims. One grey scale serves all pictures: black is -1, white is +1, values
-beyond are cut off. A scale fitted to each picture would hide how the range changes on the way.
+WHAT TO EXPECT. All figures together take a minute or two on two CPU cores, most of it to sample 32
+digits in 1,000 steps. Each is written as a PNG file (the animation as a GIF), and its name is
+printed. Figures of the shipped model go into figures/, those of your own finished run in runs/mnist
+into that run's folder. This script only draws; it never trains and never measures.
 
-Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [Attention] Vaswani et al. 2017, arXiv
-1706.03762.
+HOW TO READ IT. Each figure has a function plot_NAME. Its docstring says what is drawn, what there
+is to see, and how it was measured. Functions above it compute or draw its parts.
+
+THE GREY SCALE. All images of the book share one: black is -1, white is +1, and values beyond these
+are cut off. A scale fitted to each image would hide how the range of values changes on the way from
+noise to digit.
+
+CONTENTS. 1. What a figure is drawn from. 2. Figures of the model: forward, embedding, loss,
+trajectory, grid, animation. 3. Figures of what was measured: difficulty, decided, noise, copies,
+epochs, bits, samplers. Below the line: reading what was measured, sampling, saving, the command
+line.
+
+The notation is that of schedule.py. Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239.
+[Attention] Vaswani et al. 2017, arXiv 1706.03762. The Fréchet distance: Heusel et al. 2017, arXiv
+1706.08500. Restarts: Xu et al. 2023, arXiv 2306.14878. The optimal variance: Bao et al. 2022, arXiv
+2201.06503.
 """
 
 import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot: no screen, no state that all figures share
+from matplotlib.figure import Figure  # and not pyplot, whose state all figures would share
+from PIL import Image
 from tqdm import tqdm
 
 from sample import SHIPPED, draw_grid, open_checkpoint, sample
-from schedule import NoiseSchedule
+from schedule import NoiseSchedule, Parser
 from train import BLOG_LOSS, DATASETS, HERE, Checkpoint, from_uint8
-from unet import pick_device, timestep_embedding
+from unet import pick_device, prepare_device, timestep_embedding
 
+# The seeds of the generated images in section 2, and the one of them whose trajectory is drawn.
 SEEDS = list(range(32))
-SHOWN = 4  # the seed whose trajectory is drawn
+SHOWN = 4  # its position in SEEDS
 
 # Blue, orange, green and grey that colour-blind readers can tell apart (Okabe and Ito).
-OURS, BLOG, THIRD, FAINT = "#0072B2", "#D55E00", "#009E73", "#777777"
+OURS = "#0072B2"
+BLOG = "#D55E00"
+THIRD = "#009E73"
+FAINT = "#777777"
 
-STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-         "lines.linewidth": 1.5, "legend.frameon": False, "legend.fontsize": 10,
-         "image.cmap": "gray", "image.interpolation": "nearest", "savefig.dpi": 150,
-         "figure.facecolor": "white", "figure.constrained_layout.use": True}
 
+# ------------------------------------------------------------ 1. What a figure is drawn from
 
 @dataclass
 class Material:
-    """What the figures are drawn from.
+    """Everything that the figures of one model are drawn from; `gather` below collects it.
 
-    checkpoint  the trained model, its schedule, configuration and history
-    chain       {t: (x_t, x̂₀)} for the levels that are drawn, each (32, 1, 28, 28), on the CPU;
-                empty if no figure needs samples
-    claims      what has been measured, by the name of the figure
+    checkpoint  the trained model with its schedule, configuration and history
+    chain       {t: (x_t, x̂₀)}: the images of SEEDS at the noise levels that are drawn, on their
+                way from noise to digits, and the clean images that the network predicts from them;
+                each is (32, 1, 28, 28), on the CPU. Empty if no figure needs samples
+    claims      what has been measured of this model: the name of a figure -> its numbers
     mark        the first digits of the hash of the model file
     """
     checkpoint: Checkpoint
@@ -64,83 +81,150 @@ class Material:
 
 
 def shown_levels(T: int) -> list[int]:
-    """The noise levels of the trajectory, from T to 0: denser where more happens."""
-    return [round(T * share) for share in (1, .8, .6, .5, .4, .3, .2, .1, .05, 0)]
+    """The noise levels of the trajectory, from T down to 0.
+
+    Most of them lie in the second half of the chain, because there the digit takes its shape.
+    """
+    shares = (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0)
+    levels = [round(T * share) for share in shares]
+    return list(dict.fromkeys(levels))  # each level once, in the same order
 
 
 def frame_levels(T: int) -> list[int]:
-    """The noise levels of the animation, T (k/48)² for k = 48, 47, ..., 0: slower at the end."""
-    return [*dict.fromkeys(round(T * (k / 48)**2) for k in range(48, -1, -1))]
+    """The noise levels of the animation, from T down to 0: T (k/48)² for k = 48, 47, ..., 0.
+
+    The square makes the animation slower towards the end, where there is more to see.
+    """
+    levels = [round(T * (k / 48)**2) for k in range(48, -1, -1)]
+    return list(dict.fromkeys(levels))  # each level once, in the same order
 
 
-def show(ax: Axes, image: torch.Tensor) -> None:
-    """One image (1, H, W) on the grey scale that all figures share."""
+def show_image(ax: Axes, image: torch.Tensor) -> None:
+    """Draw one image, (1, H, W), on the grey scale that all figures share."""
     ax.imshow(image[0].numpy(), vmin=-1, vmax=1)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
 
-def tiles(ax: Axes, images: torch.Tensor, columns: int = 8) -> None:
-    """Images (N, 1, H, W) in [-1, 1] as one picture."""
-    from torchvision.utils import make_grid  # here, because it takes seconds to import
-    show(ax, make_grid(images, nrow=columns, padding=2, pad_value=-0.5))
+def show_tiles(ax: Axes, images: torch.Tensor, columns: int = 8) -> None:
+    """Draw images, (N, 1, H, W) in [-1, 1], row by row as one picture with grey gaps."""
+    from torchvision.utils import make_grid  # here, because the import takes seconds
+    show_image(ax, make_grid(images, nrow=columns, padding=2, pad_value=-0.5))
 
 
-def picture_rows(title: str, rows: list[tuple[str, torch.Tensor, str]]) -> Figure:
-    """Rows of bytes (8, 1, H, W), each with a name on its left and a note on its right."""
+def draw_rows(title: str, rows: list[tuple[str, torch.Tensor, str]]) -> Figure:
+    """Draw rows of eight images, each with a name on its left and a note on its right.
+
+    rows  a list of (name, images, note), where images is uint8 (8, 1, H, W)
+    """
     figure = Figure(figsize=(10, 1.05 * len(rows) + 0.5))
     figure.suptitle(title, fontsize=12)
-    for ax, (name, images, note) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows):
-        tiles(ax, from_uint8(images))
+    axes = figure.subplots(len(rows), squeeze=False)[:, 0]
+    for ax, (name, images, note) in zip(axes, rows):
+        show_tiles(ax, from_uint8(images))
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
         ax.text(1.01, 0.5, note, transform=ax.transAxes, va="center", fontsize=9)
     return figure
 
 
-# -------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------- 2. Figures of the model
+#
+# They need only a model file with its history. For trajectory, grid and animation, 32 digits are
+# sampled in T steps. If the model has been measured (section 3), two of the figures show more.
+
+def forward_images(schedule: NoiseSchedule, x0: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """Noise clean images x0, (N, 1, H, W), to eight levels; returns a list of (t, x_t).
+
+    Each image gets the same noise ε at every t, so that only the two factors of x_t change.
+    """
+    levels = [round(schedule.T * share) for share in (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 1)]
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    return [(t, schedule.q_sample(x0, t, eps)) for t in levels]
+
+
+def draw_schedules(factors: Axes, ratio: Axes, T: int, kinds: Sequence[str]) -> None:
+    """Draw the curves of the named schedules: solid the first, then dashed, then dotted.
+
+    factors  axes for √ᾱ_t and √(1-ᾱ_t), t = 0..T
+    ratio    axes for the signal-to-noise ratio in decibels, t = 1..T-1
+    """
+    for kind, style in zip(kinds, ("-", "--", ":")):
+        schedule = NoiseSchedule(T, kind, allow_signal=True)
+        alpha_bar = schedule.alpha_bar.numpy()  # (T+1,)
+        factors.plot(alpha_bar**0.5, style, color=OURS, label=f"signal, {kind}")
+        factors.plot((1 - alpha_bar)**0.5, style, color=BLOG, label=f"noise, {kind}")
+
+        # Leave out t = T: β_T of the cosine schedule is capped, which makes one step of 30 dB.
+        decibels = 10 * schedule.snr(torch.arange(1, T)).log10().numpy()
+        ratio.plot(range(1, T), decibels, style, color=THIRD, label=kind)
+
 
 def plot_forward(material: Material) -> Figure:
-    """Digits at growing t, above the curves of the linear and the cosine schedule. [DDPM Eq. 4]"""
-    schedule, kind = material.checkpoint.schedule, material.checkpoint.config.schedule
-    T, real = schedule.T, material.claims.get("digits")
-    digits = from_uint8(real["images"]) if real else material.chain[0][0][:4]
-    figure = Figure(figsize=(10, 8.6))
-    top, bottom = figure.subfigures(2, 1, height_ratios=[len(digits) * 1.2, 3.6])
-    ts = [round(T * share) for share in (0, .05, .1, .2, .3, .4, .6, 1)]
-    eps = torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))  # for all t
-    axes = top.subplots(len(digits), len(ts))
-    for column, t in enumerate(ts):
-        for ax, xt in zip(axes[:, column], schedule.q_sample(digits, t, eps)):
-            show(ax, xt)
-        axes[0, column].set_title(f"t = {t}")
-    whose = "images" if real else "generated images"
-    top.suptitle(f"{material.dataset}: {whose} under the forward process of the {kind} schedule")
+    """How does an image become noise?                                              [DDPM Eq. 4]
 
+    Above, four images x₀ are noised to growing t: x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε. Below on the left are
+    these two factors for the linear and the cosine schedule, on the right the signal-to-noise ratio
+    ᾱ_t/(1-ᾱ_t) in decibels (ten times its base-10 logarithm), which is 0 where the two factors are
+    equal. With T = 1000 that is at t = 260 for the linear schedule and only at t = 497 for the
+    cosine schedule, which destroys the image more slowly and has fewer steps at which the image is
+    almost pure noise. The images are four test digits if they have been saved beside the model by
+    `python -m tests.experiments.measure --data DIR digits`; otherwise the network draws them.
+    """
+    checkpoint = material.checkpoint
+    T = checkpoint.schedule.T
+    kind = checkpoint.config.schedule
+
+    # Take real digits if there are any.
+    if "digits" in material.claims:
+        x0 = from_uint8(material.claims["digits"]["images"])
+        subject = "images"
+    else:
+        x0 = material.chain[0][0][:4]
+        subject = "generated images"
+
+    # Draw the noised images: a row for each image, a column for each t.
+    figure = Figure(figsize=(10, 8.6))
+    top, bottom = figure.subfigures(2, 1, height_ratios=[len(x0) * 1.2, 3.6])
+    noised = forward_images(checkpoint.schedule, x0)
+    axes = top.subplots(len(x0), len(noised))
+    for column, (t, images) in zip(axes.T, noised):
+        for ax, xt in zip(column, images):
+            show_image(ax, xt)
+        column[0].set_title(f"t = {t}")
+    top.suptitle(
+        f"{material.dataset}: {subject} under the forward process of the {kind} schedule")
+
+    # Draw the curves of both schedules, and of the model's own one if that is a third.
+    kinds = ["linear", "cosine"]
+    if kind not in kinds:
+        kinds.append(kind)
     left, right = bottom.subplots(1, 2)
-    for kind, style in zip(dict.fromkeys(("linear", "cosine", kind)), ("-", "--", ":")):
-        other = NoiseSchedule(T, kind, allow_signal=True)
-        alpha_bar = other.alpha_bar.numpy()
-        left.plot(alpha_bar**0.5, style, color=OURS, label=f"signal, {kind}")
-        left.plot((1 - alpha_bar)**0.5, style, color=BLOG, label=f"noise, {kind}")
-        # Without t = T, where the cap of the cosine schedule makes one step of 30 dB.
-        decibels = 10 * other.snr(torch.arange(1, T)).log10().numpy()
-        right.plot(range(1, T), decibels, style, color=THIRD, label=kind)
+    draw_schedules(left, right, T, kinds)
     left.set(title=r"Factors $\sqrt{\bar\alpha_t}$ of the image and $\sqrt{1-\bar\alpha_t}$ "
              "of the noise", xlabel="t", xlim=(0, T), ylim=(0, 1.4), yticks=[0, .2, .4, .6, .8, 1])
+    left.legend(loc="upper center", ncols=2)
     right.set(title="Signal-to-noise ratio", xlabel="t", ylabel="decibel", xlim=(0, T))
     right.axhline(0, color=FAINT, linewidth=1)
-    left.legend(loc="upper center", ncols=2)
     right.legend()
     return figure
 
 
 def plot_embedding(material: Material) -> Figure:
-    """The features of every t, and how alike those of two t are.      [Attention section 3.5]"""
+    """How is the network told t?                                       [Attention section 3.5]
+
+    On the left is the embedding of each t, a column of sines and cosines of t, with the fast ones
+    at the top of each half and the slow ones at the bottom. They work like the hands of a clock:
+    the fast ones tell neighbouring t apart, the slow ones tell small t from large t. On the right
+    is the Euclidean distance from the embeddings of three t to those of all t. It is 0 only at the
+    same t, rises steeply on both sides and stays high, so no two t look alike to the network.
+    """
     T = material.checkpoint.schedule.T
     dim = material.checkpoint.model.config["embedding"]
     features = timestep_embedding(torch.arange(1, T + 1), dim)  # (T, dim)
     figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+
+    # Draw the features, t from left to right.
     picture = left.imshow(features.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
                           extent=(1, T, dim, 0))
     left.axhline(dim / 2, color="black", linewidth=1)
@@ -148,45 +232,94 @@ def plot_embedding(material: Material) -> Figure:
              ylabel="feature (above the line sines, below cosines)")
     left.grid(False)
     figure.colorbar(picture, ax=left)
-    for share, color in ((.1, OURS), (.5, BLOG), (.9, THIRD)):
+
+    # Draw the distance of all embeddings to three of them.
+    for share, color in ((0.1, OURS), (0.5, BLOG), (0.9, THIRD)):
         t = max(1, round(T * share))
-        distance = (features - features[t - 1]).norm(dim=1).numpy()
-        right.plot(range(1, T + 1), distance, color=color, label=f"to t = {t}")
+        distance = (features - features[t - 1]).norm(dim=1)  # (T,); row t - 1 belongs to t
+        right.plot(range(1, T + 1), distance.numpy(), color=color, label=f"to t = {t}")
     right.set(title="Distance between embeddings", xlabel="t", xlim=(0, T), ylim=(0, None))
     right.legend(loc="lower center", bbox_to_anchor=(0.7, 0.02))
     return figure
 
 
+def range_over_seeds(runs: list[dict]) -> tuple[list[float], list[float]]:
+    """The lowest and the highest held-out loss of several runs after each epoch."""
+    epochs = list(zip(*[run["held_out"] for run in runs]))  # for each epoch, one loss per run
+    lowest = [min(losses) for losses in epochs]
+    highest = [max(losses) for losses in epochs]
+    return lowest, highest
+
+
+def draw_losses(ax: Axes, losses: Sequence[float], color: str, label: str, lift: int) -> None:
+    """Draw one loss per epoch and write the last one beside it, moved up by `lift` points."""
+    if len(losses) == 0:  # the run has not finished its first epoch
+        return
+    epochs = range(1, len(losses) + 1)
+    ax.plot(epochs, losses, "o-", color=color, markersize=4, label=label)
+    ax.annotate(f"{losses[-1]:.4f}", xy=(len(losses), losses[-1]), xytext=(8, lift), color=color,
+                textcoords="offset points", va="center")
+
+
+def draw_range_over_seeds(ax: Axes, runs: list[dict]) -> None:
+    """Draw a band over the held-out losses of several runs; of one run there is none."""
+    if len(runs) > 1:
+        lowest, highest = range_over_seeds(runs)
+        ax.fill_between(range(1, len(lowest) + 1), lowest, highest, color=THIRD, alpha=0.3,
+                        label=f"{len(runs)} seeds")
+
+
+def draw_linear_loss(ax: Axes, linear: torch.Tensor) -> None:
+    """Draw the loss of the best linear denoiser as a line: linear (T+1,), a mean over t = 1..T."""
+    loss = linear[1:].mean().item()
+    ax.axhline(loss, color=FAINT, linewidth=1, linestyle="--")
+    ax.text(1.7, loss * 1.03, f"best linear denoiser, {loss:.4f}", color=FAINT, fontsize=9)
+
+
 def plot_loss(material: Material) -> Figure:
-    """Loss of each epoch, beside the blog's and that of the best guess that is linear in x_t."""
-    history, config = material.checkpoint.history, material.checkpoint.config
+    """How well does the network learn, epoch by epoch?
+
+    Our training loss falls almost entirely in the first two epochs and ends at a third of the
+    blog's. Our held-out loss begins far below it, because the training loss also counts the poor
+    weights of the first steps. The blog's network passes the best linear denoiser only in its
+    eighth epoch. Runs that differ only in their seed end with nearly the same loss.
+
+        training loss          the mean squared error of the predicted noise, averaged over the
+                               steps of an epoch. The blog published the same number
+        held-out loss          the same error on images that are never trained on, measured after
+                               the epoch with the moving average of the weights
+        best linear denoiser   of all guesses at the noise that are linear in x_t, the one with the
+                               least error. It follows from the mean and the covariance of the
+                               training images: `python -m tests.experiments.measure --data DIR
+                               difficulty`
+        seeds                  the band from the lowest to the highest held-out loss of several
+                               runs, trained by `python -m tests.experiments.seeds --data DIR`
+    """
+    history = material.checkpoint.history
+    config = material.checkpoint.config
     figure = Figure(figsize=(10, 5))
     ax = figure.subplots()
+    last = max(1, len(history["loss"]))
+
+    # Draw the losses of each epoch, the blog's only beside a run on the same images and levels.
+    if config.like_blog:
+        last = max(last, len(BLOG_LOSS))
+        draw_losses(ax, BLOG_LOSS, BLOG, "the blog's network, training", lift=0)
     held_out = "validation" if config.val_images else "test"
-    blog = BLOG_LOSS if config.like_blog else ()
-    for values, color, label, lift in (
-            (blog, BLOG, "the blog's network, training", 0),
-            (history["loss"], OURS, "ours, training", 6),
-            (history["held_out"], THIRD, f"ours, averaged weights, {held_out} images", -6)):
-        if len(values) == 0:  # a run that has not finished an epoch, or not like the blog's
-            continue
-        epochs = range(1, len(values) + 1)
-        ax.plot(epochs, values, "o-", color=color, markersize=4, label=label)
-        ax.annotate(f"{values[-1]:.4f}", (len(values), values[-1]), xytext=(8, lift), color=color,
-                    textcoords="offset points", va="center")
-    seeds = [run["held_out"] for run in material.claims.get("loss", {}).get("runs", [])]
-    if len(seeds) > 1:
-        low, high = ([f(column) for column in zip(*seeds)] for f in (min, max))
-        ax.fill_between(range(1, len(low) + 1), low, high, color=THIRD, alpha=0.3,
-                        label=f"{len(seeds)} seeds")
+    draw_losses(ax, history["loss"], OURS, "ours, training", lift=6)
+    draw_losses(ax, history["held_out"], THIRD,
+                f"ours, averaged weights, {held_out} images", lift=-6)
+
+    # Draw what they can be compared with, as far as it has been measured.
+    if "loss" in material.claims:
+        draw_range_over_seeds(ax, material.claims["loss"].get("runs", []))
     if "difficulty" in material.claims:
-        line = material.claims["difficulty"]["linear"][1:].mean().item()
-        ax.axhline(line, color=FAINT, linewidth=1, linestyle="--")
-        ax.text(1.7, line * 1.03, f"best linear denoiser, {line:.4f}", color=FAINT, fontsize=9)
+        draw_linear_loss(ax, material.claims["difficulty"]["linear"])
+
+    # Label the axes; the losses have a logarithmic scale.
     ax.set_yscale("log")
     ax.set_yticks([.02, .03, .05, .07, .1, .2], ["0.02", "0.03", "0.05", "0.07", "0.1", "0.2"])
     ax.minorticks_off()
-    last = max(len(blog), len(history["loss"]), 1)
     ax.set(xlabel="epoch", ylabel="mean squared error of the predicted noise",
            xlim=(0.6, last + 1.2), xticks=range(1, last + 1, 1 + last // 20),
            title=f"{material.dataset}: loss by epoch")
@@ -195,14 +328,28 @@ def plot_loss(material: Material) -> Figure:
 
 
 def plot_trajectory(material: Material) -> Figure:
-    """One digit on its way from noise: x_t above, the prediction x̂₀ made from it below."""
-    chain = {t: material.chain[t] for t in shown_levels(material.checkpoint.schedule.T)}
+    """What does the network see, and what does it expect, on the way from noise to a digit?
+
+    The upper row is x_t, one image that the ancestral sampler (Algorithm 2 of DDPM: T small steps,
+    each with fresh noise) turns from noise into a digit. Below each x_t is x̂₀, the clean image
+    that the network predicts when it sees this x_t. At large t it is a grey blur, a mean of all
+    digits that x_t could have come from; it becomes sharp as fewer of them remain possible, and may
+    turn from one digit into another on the way. The prediction at t = T means little, because there
+    any error in the predicted noise is multiplied by √(1-ᾱ_T)/√ᾱ_T, which is 157 in the shipped
+    model.
+    """
+    levels = shown_levels(material.checkpoint.schedule.T)
     figure = Figure(figsize=(10, 2.45))
-    axes = figure.subplots(2, len(chain))
-    for (above, below), (t, (xt, x0_hat)) in zip(axes.T, chain.items()):
-        show(above, xt[SHOWN])
-        show(below, x0_hat[SHOWN])
-        above.set_title(f"t = {t}", fontsize=10)
+    axes = figure.subplots(2, len(levels))
+
+    # Draw a column for each t: the noisy image above, the prediction below.
+    for (upper, lower), t in zip(axes.T, levels):
+        xt, x0_hat = material.chain[t]
+        show_image(upper, xt[SHOWN])
+        show_image(lower, x0_hat[SHOWN])
+        upper.set_title(f"t = {t}", fontsize=10)
+
+    # Name the two rows.
     for ax, name in zip(axes[:, 0], ("$x_t$", r"$\hat x_0$")):
         ax.set_ylabel(name, rotation=0, labelpad=14, va="center", fontsize=13)
     figure.suptitle(f"{material.dataset}: denoising seed {SEEDS[SHOWN]}. The noisy image, and the "
@@ -211,123 +358,374 @@ def plot_trajectory(material: Material) -> Figure:
 
 
 def plot_grid(material: Material) -> Figure:
-    """32 digits from 32 seeds, four rows of eight."""
+    """What does the model draw?
+
+    These are the images of the seeds 0 to 31, each drawn in T steps of the ancestral sampler
+    (Algorithm 2 of DDPM). None was picked, so malformed digits are as frequent as in any sample.
+    """
     figure = Figure(figsize=(10, 5.35))
     ax = figure.subplots()
-    tiles(ax, material.chain[0][0])
+    show_tiles(ax, material.chain[0][0])
     ax.set_title(f"{material.dataset}: seeds {SEEDS[0]} to {SEEDS[-1]}, row by row")
     return figure
 
 
+def animation_frames(material: Material) -> list[Image.Image]:
+    """The 32 images of the grid on their way from noise to digits, one frame for each t.
+
+    Each frame is reduced to 16 shades of grey. Noise hardly compresses, and with 256 shades the
+    file would be too large for a web page.
+    """
+    frames = []
+    for t in frame_levels(material.checkpoint.schedule.T):
+        xt, _ = material.chain[t]
+        frames.append(draw_grid(xt, scale=2).quantize(16))
+    return frames
+
+
+# ----------------------------------------------------------- 3. Figures of what was measured
+#
+# The numbers behind these figures take minutes or hours to measure. The commands named in the
+# docstrings measure them once and save them beside the model; DIR is the folder with MNIST. The
+# measurements are drawn only for the model file that they were made of. The numbers quoted in the
+# docstrings are those of the shipped model.
+#
+# "The classifier" is the same one in all of them: a small convolutional network that was trained to
+# name digits and is right on 99.6 % of the test images (pretrained/yardstick.pt).
+
+def average_groups(loss: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average the loss over groups of `size` neighbouring t, so that its curve is less ragged.
+
+    loss  (T+1,), the loss at t = 0..T; entry 0 is not used
+
+    Returns the mean t and the mean loss of each group, both (number of groups,).
+    """
+    t = torch.arange(1.0, len(loss))
+    mean_t = torch.stack([group.mean() for group in t.split(size)])
+    mean_loss = torch.stack([group.mean() for group in loss[1:].split(size)])
+    return mean_t, mean_loss
+
+
+def share_up_to(loss: torch.Tensor) -> torch.Tensor:
+    """The share of the whole loss that lies at 1..t, for t = 1..T: (T+1,) -> (T,)."""
+    return loss[1:].cumsum(0) / loss[1:].sum()
+
+
+def loss_near(loss: torch.Tensor, t: int) -> float:
+    """The mean loss at t and its five neighbours on either side: loss (T+1,), entry 0 not used."""
+    return loss[max(1, t - 5):t + 6].mean().item()
+
+
+def half_lies_below(loss: torch.Tensor) -> int:
+    """The smallest t such that loss[1] + ... + loss[t - 1] is at least half of all: loss (T+1,)."""
+    too_little = loss.cumsum(0) < loss.sum() / 2  # (T+1,), true at t = 0, 1, ... up to the half
+    return 1 + too_little.sum().item()
+
+
+def draw_loss_by_t(ax: Axes, curves: dict[str, tuple[torch.Tensor, str]],
+                   last: torch.Tensor) -> None:
+    """Draw the left half of the difficulty figure.
+
+    curves  label -> the loss at each t, (T+1,), and its colour
+    last    the loss after the last epoch, (T+1,), of which two values are written beside its curve
+    """
+    T = len(last) - 1
+    for label, (loss, color) in curves.items():
+        mean_t, mean_loss = average_groups(loss, size=max(1, T // 100))
+        ax.plot(mean_t.numpy(), mean_loss.numpy(), color=color, label=label)
+
+    # Mark the two levels that the blog compares: t = 10 and t = 950 of 1,000.
+    hard = max(1, T // 100)
+    easy = 95 * T // 100
+    at_hard = loss_near(last, hard)
+    at_easy = loss_near(last, easy)
+    ax.plot(hard, at_hard, "o", color=OURS)
+    ax.annotate(f"t = {hard}: {at_hard:.2g}", xy=(hard, at_hard), xytext=(0, -45),
+                textcoords="offset points", color=OURS, ha="left")
+    ax.plot(easy, at_easy, "o", color=OURS)
+    ax.annotate(f"t = {easy}: {at_easy:.2g}", xy=(easy, at_easy), xytext=(-10, -4),
+                textcoords="offset points", color=OURS, ha="right")
+
+    ax.set(yscale="log", xlabel="t", ylabel="mean squared error of the predicted noise",
+           title=f"Loss near t = {hard}: {at_hard / at_easy:,.0f} times that near {easy}")
+    ax.legend()
+
+
 def plot_difficulty(material: Material) -> Figure:
-    """Loss at each t after the first, a middle and the last epoch, and the share of it up to t."""
-    T, found = material.checkpoint.schedule.T, material.claims["difficulty"]
-    epochs = sorted(found["epochs"])
-    curves = {f"after epoch {epoch}": found["epochs"][epoch]
-              for epoch in (epochs[0], epochs[len(epochs) // 2], epochs[-1])}
-    last = found["epochs"][epochs[-1]]
+    """At which t is the noise hard to predict?
+
+    On the left is the loss at each t after the first, a middle and the last epoch. From t = 10 to
+    t = 950 it falls by a factor of 4,000: at small t the noise is faint and easily taken for a part
+    of the digit, at large t nearly everything in the image is noise. The network is far better than
+    the best linear denoiser at small t, and from about t = 700 on no better. On the right is the
+    share of the whole loss that lies at 1..t; half of it lies at t below 139.
+
+        loss                   the mean squared error of the predicted noise at this t, on the
+                               10,000 test images, ten of them at each t, with the moving average of
+                               the weights after the epoch. On the left it is averaged over groups
+                               of T/100 neighbouring t
+        best linear denoiser   of all guesses at the noise that are linear in x_t, the one with the
+                               least error; it follows from the mean and the covariance of the
+                               training images
+
+    Measured by `python -m tests.experiments.measure --data DIR difficulty`:
+        epochs    {epoch: the loss at t = 0..T, (T+1,)}; the entry of t = 0 is 0
+        linear    the loss of the best linear denoiser at t = 0..T, (T+1,)
+    """
+    T = material.checkpoint.schedule.T
+    by_epoch = material.claims["difficulty"]["epochs"]
+    epochs = sorted(by_epoch)
+    last = by_epoch[epochs[-1]]
+
+    # Choose the curves. There are fewer than three epochs if fewer have been measured.
+    shown = sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})
+    colors = [BLOG, THIRD, OURS][-len(shown):]  # the last epoch is blue
+    curves = {}
+    for epoch, color in zip(shown, colors):
+        curves[f"after epoch {epoch}"] = (by_epoch[epoch], color)
+    curves["best linear denoiser"] = (material.claims["difficulty"]["linear"], FAINT)
+
+    # Draw the loss on the left and its cumulative share on the right.
     figure = Figure(figsize=(10, 4.6))
     left, right = figure.subplots(1, 2)
-    curves["best linear denoiser"] = found["linear"]
-    few = torch.arange(1.0, T + 1).split(max(1, T // 100))  # neighbours that share a point
-    for (name, loss), color in zip(curves.items(), (BLOG, THIRD, OURS, FAINT)[-len(curves):]):
-        smooth = [part.mean() for part in loss[1:].split(len(few[0]))]
-        left.plot([ts.mean() for ts in few], smooth, color=color, label=name)
-        right.plot(range(1, T + 1), loss[1:].cumsum(0) / loss[1:].sum(), color=color)
-    hard, easy = max(1, T // 100), 95 * T // 100  # which the blog names
-    near = {t: last[max(1, t - 5):t + 6].mean().item() for t in (hard, easy)}
-    for t, loss in near.items():
-        left.plot(t, loss, "o", color=OURS)
-        left.annotate(f"t = {t}: {loss:.2g}", (t, loss), (0, -45) if t < T / 2 else (-10, -4),
-                      textcoords="offset points", color=OURS, ha="left" if t < T / 2 else "right")
-    half = 1 + (last.cumsum(0) < last.sum() / 2).sum().item()
-    left.set(yscale="log", xlabel="t", ylabel="mean squared error of the predicted noise",
-             title=f"Loss near t = {hard}: {near[hard] / near[easy]:,.0f} times that near {easy}")
+    draw_loss_by_t(left, curves, last)
+    for loss, color in curves.values():
+        right.plot(range(1, T + 1), share_up_to(loss).numpy(), color=color)
     right.set(xlabel="t", ylabel="share of the loss at 1..t", ylim=(0, 1.02),
-              title=f"Half of the loss lies at t below {half}")
-    left.legend()
+              title=f"Half of the loss lies at t below {half_lies_below(last)}")
     return figure
 
 
+def decided_from(levels: dict[int, dict[str, float]], share: float = 0.9) -> int:
+    """The largest t at which this share of the restarts end as the same numeral; 0 if none.
+
+    levels  {t: what was measured for restarts at t}; see plot_decided
+    """
+    return max((t for t, row in levels.items() if row["class"] >= share), default=0)
+
+
+def draw_phases(ax: Axes, T: int) -> None:
+    """Write the names of the blog's four phases at the top, with a line at the end of each."""
+    for start, end, phase in ((1.0, 0.6, "static"), (0.6, 0.4, "a blob"),
+                              (0.4, 0.1, "identity locks in"), (0.1, 0.0, "polish")):
+        ax.axvline(end * T, color="#bbbbbb", linewidth=1)
+        ax.text((start + end) / 2 * T, 1.03, phase, ha="center", fontsize=9, color=FAINT)
+
+
 def plot_decided(material: Material) -> Figure:
-    """Chains restarted at t: do they end as before? See `decided` in tests/measure.py."""
+    """When is it decided which digit a chain will draw?
+
+    Finished chains are restarted at each t on the horizontal axis. Restarts at t = 600 end as the
+    same numeral as the original in 28 % of the cases, restarts at t = 300 in 94 %: the numeral is
+    decided in between. The phases of the blog, written above the curves, place this later: when its
+    phase "identity locks in" begins, at t = 400, already 84 % of the restarts keep the numeral.
+    Coarse detail (green) is settled before the pixels (orange) and the fine detail (grey).
+
+        restart            x_t is taken from a finished chain, and the steps from t to 0 are run
+                           again with other noise. At t = T not even x_T is kept, which shows what
+                           chance alone gives
+        same numeral       the classifier gives the same name to the original and to the restart
+        likeness           1 - |difference|²/|difference of unrelated chains|²: 1 is the same
+                           picture, 0 is as different as two unrelated ones
+        detail present     1 - |x̂₀ - x₀|²/|x₀ - mean|², where x₀ is the finished image, x̂₀ the
+                           network's prediction of it at t, and mean the mean of all finished
+                           images: 1 if all is there, 0 if nothing is but the mean. Coarse detail
+                           are the low frequencies (waves of at most 3.5 periods across the image),
+                           fine detail all higher ones. Negative values are drawn as 0
+
+    Measured by `python -m tests.experiments.measure --data DIR decided` on 32 chains of the
+    ancestral sampler (Algorithm 2 of DDPM), each restarted three times at each t:
+        levels    {t: {"class": ..., "pixels": ..., "low": ..., "high": ...}}, the four curves
+    """
     levels = material.claims["decided"]["levels"]
+    T = max(levels)
     figure = Figure(figsize=(10, 4.8))
     ax = figure.subplots()
+
+    # Draw the four curves.
     for key, color, style, label in (
             ("class", OURS, "o-", "restarts that end as the same numeral"),
             ("pixels", BLOG, "s-", "likeness of restarts, by pixel"),
             ("low", THIRD, "^--", "coarse detail present in the prediction"),
             ("high", FAINT, "v--", "fine detail present in the prediction")):
         shares = [max(0, row[key]) for row in levels.values()]
-        ax.plot([*levels], shares, style, color=color, markersize=5, label=label)
-    T = max(levels)
-    for start, end, name in ((1, .6, "static"), (.6, .4, "a blob"), (.4, .1, "identity locks in"),
-                             (.1, 0, "polish")):
-        ax.axvline(end * T, color="#bbbbbb", linewidth=1)
-        ax.text((start + end) / 2 * T, 1.03, name, ha="center", fontsize=9, color=FAINT)
-    settled = max((t for t, row in levels.items() if row["class"] >= 0.9), default=0)
+        ax.plot(list(levels), shares, style, color=color, markersize=5, label=label)
+
+    # Write the blog's phases above them. Let t fall from left to right, as in a chain.
+    draw_phases(ax, T)
     ax.set(xlim=(T, 0), ylim=(0, 1.1), ylabel="share",
            xlabel="t at which the chain goes on with other noise (above: the blog's phases)",
-           title=f"Nine of ten restarts keep the numeral from t = {settled} on")
+           title=f"Nine of ten restarts keep the numeral from t = {decided_from(levels)} on")
     ax.legend(loc="center left", fontsize=10)
     return figure
 
 
 def plot_noise(material: Material) -> Figure:
-    """The same eight x_T with four choices of the fresh noise, as measured by tests/measure.py."""
-    found, rows = material.claims["noise"], []
-    for label, name in ((r"$\tilde\beta_t$", "ddpm 1000"), (r"$\beta_t$", "ddpm 1000, beta"),
-                        ("none", "ddpm 1000, zero"), ("DDIM,\n50 steps", "ddim 50")):
-        row, kinds = found[name], [str(count) for count in found[name]["classes"]]
-        rows.append((label, row["images"], f"spread {row['spread']:.2g}\n"
-                     f"clear {row['confident']:.0%}\n0-4 {' '.join(kinds[:5])}\n"
-                     f"5-9 {' '.join(kinds[5:])}"))
-    return picture_rows(f"Variance of the fresh noise; {row['count']} samples by kind (spread of "
-                        f"test digits: {found['test images']['spread']:.2g})", rows)
+    """What does the fresh noise in each step do?
+
+    Each row shows samples from the same eight x_T. The first three rows are the ancestral sampler
+    (Algorithm 2 of DDPM) in 1,000 steps, whose fresh noise has the variance β̃_t, β_t, or 0.
+    Between β̃_t and β_t there is hardly a difference, but without fresh noise all samples become
+    the same 1. DDIM (last row) adds no fresh noise either and does not collapse: it puts the
+    noise that it finds in x_t back, as much of it as the next level needs (sample.py, section 4).
+
+        spread       how different the samples are: the variance of a pixel over the samples,
+                     averaged over all pixels, which lie in [-1, 1]. The title gives it for test
+                     digits
+        clear        the share of the samples to which the classifier gives a probability above 0.9
+                     of being some digit. It is 97 % for test digits. The 100 % without noise says
+                     only that the one image that is left is a clear 1
+        0-4, 5-9     how many samples the classifier calls a 0, 1, 2, 3, 4 and a 5, 6, 7, 8, 9
+
+    Measured by `python -m tests.experiments.measure --data DIR noise`, for each row:
+        spread, confident (which is "clear"), classes, count (the number of samples)
+        images    the first eight samples, uint8 (8, 1, 28, 28)
+    """
+    measurements = material.claims["noise"]
+    rows = []
+    for label, chain in ((r"$\tilde\beta_t$", "ddpm 1000"), (r"$\beta_t$", "ddpm 1000, beta"),
+                         ("none", "ddpm 1000, zero"), ("DDIM,\n50 steps", "ddim 50")):
+        row = measurements[chain]
+        counts = [str(count) for count in row["classes"]]
+        note = (f"spread {row['spread']:.2g}\n"
+                f"clear {row['confident']:.0%}\n"
+                f"0-4 {' '.join(counts[:5])}\n"
+                f"5-9 {' '.join(counts[5:])}")
+        rows.append((label, row["images"], note))
+    samples = measurements["ddim 50"]["count"]  # the same in all rows
+    spread = measurements["test images"]["spread"]
+    return draw_rows(f"Variance of the fresh noise; {samples} samples by kind (spread of test "
+                     f"digits: {spread:.2g})", rows)
+
+
+def alternate_rows(upper: torch.Tensor, lower: torch.Tensor, columns: int = 8) -> torch.Tensor:
+    """Put each row of `columns` images of `lower` below the same row of `upper`.
+
+    Both are (N, 1, H, W); the result is (2N, 1, H, W), row by row.
+    """
+    rows = []
+    for upper_row, lower_row in zip(upper.split(columns), lower.split(columns)):
+        rows.append(upper_row)
+        rows.append(lower_row)
+    return torch.cat(rows)
 
 
 def plot_copies(material: Material) -> Figure:
-    """32 samples above their nearest training digits, and the distances of many."""
-    found = material.claims["copies"]
-    pairs = [part for rows in zip(found["images"].split(8), found["nearest"].split(8))
-             for part in rows]
+    """Does the model copy the digits that it was trained on?
+
+    On the left are 32 samples (odd rows), each above the training digit that is nearest to it (even
+    rows). On the right are two histograms of the distance to the nearest training digit, one for
+    samples and one for test digits, with dashed lines at the medians. Copies would lie at a
+    distance of 0, to the left of all test digits, and there are none: the median is 0.331 for
+    samples and 0.310 for test digits, which cannot be copies. The small hump at 0.1 is made of the
+    digit 1, whose images are all alike.
+
+        distance    the root of the mean squared difference between the pixels of two images, which
+                    lie in [-1, 1]
+
+    Measured by `python -m tests.experiments.measure --data DIR copies` on samples of the ancestral
+    sampler (Algorithm 2 of DDPM):
+        samples, test      the distances of N samples and of as many test digits, each (N,)
+        images, nearest    the first 32 samples and the training digits nearest to them, each
+                           uint8 (32, 1, 28, 28)
+    """
+    measurements = material.claims["copies"]
+    samples = measurements["samples"]
+    test = measurements["test"]
     figure = Figure(figsize=(10, 5))
     left, right = figure.subplots(1, 2)
-    tiles(left, from_uint8(torch.cat(pairs)))
+
+    # Draw samples and their nearest training digits.
+    pairs = alternate_rows(measurements["images"], measurements["nearest"])
+    show_tiles(left, from_uint8(pairs))
     left.set_title("samples (odd rows) above the nearest\nof the training digits (even rows)")
-    for key, color, label in (("test", FAINT, "test digits"), ("samples", OURS, "samples")):
-        right.hist(found[key].numpy(), 30, range=(0, 0.6), color=color, alpha=0.6,
-                   label=f"{len(found[key])} {label}")
-        right.axvline(found[key].median(), color=color, linestyle="--")
+
+    # Draw the distances.
+    for distances, color, name in ((test, FAINT, "test digits"), (samples, OURS, "samples")):
+        right.hist(distances.numpy(), bins=30, range=(0, 0.6), color=color, alpha=0.6,
+                   label=f"{len(distances)} {name}")
+        right.axvline(distances.median(), color=color, linestyle="--")
     right.set(xlabel="distance to the nearest training digit", ylabel="number of digits",
-              title=f"median distance of samples {found['samples'].median():.3f}, of test digits "
-                    f"{found['test'].median():.3f}")
+              title=f"median distance of samples {samples.median():.3f}, of test digits "
+                    f"{test.median():.3f}")
     right.legend()
     return figure
 
 
 def plot_epochs(material: Material) -> Figure:
-    """The same eight seeds through the averaged weights of several epochs."""
+    """How do the samples change while the network learns?
+
+    Each row is drawn from the same eight seeds by the same sampler (Algorithm 2 of DDPM); only the
+    weights differ, which are their moving average after several epochs. Strokes are sharp after the
+    first epoch already. What is learned later is which strokes make a numeral: the second image can
+    be read as a 2 only after 15 epochs. The held-out loss beside each row is the mean squared error
+    of the predicted noise on test images with these weights. It falls by only 18 % from the first
+    row to the last, so small differences in the loss are visible in the samples.
+
+    Measured by `python -m tests.experiments.measure --data DIR epochs`:
+        images    {epoch: the eight samples, uint8 (8, 1, 28, 28)}
+    """
     held_out = material.checkpoint.history["held_out"]
-    return picture_rows("The same eight seeds after several epochs", [
-        (f"epoch {epoch}", images, f"held-out loss\n{held_out[epoch - 1]:.4f}")
-        for epoch, images in material.claims["epochs"]["images"].items()])
+    rows = []
+    for epoch, images in material.claims["epochs"]["images"].items():
+        note = f"held-out loss\n{held_out[epoch - 1]:.4f}"  # the list begins with epoch 1
+        rows.append((f"epoch {epoch}", images, note))
+    return draw_rows("The same eight seeds after several epochs", rows)
+
+
+def terms_of_the_bound(measurement: dict) -> torch.Tensor:
+    """The terms of the bound at t = 1..T, (T,), with NaN where one is not known."""
+    terms = [torch.nan if term is None else term for term in measurement["terms"]]
+    return torch.tensor(terms[1:])  # the list has an entry for t = 0, which has no term
+
+
+def share_of_the_bits(terms: torch.Tensor, last: int) -> float:
+    """The share of the terms at t = 1..last in the sum of all, (T,); unknown ones count as 0."""
+    return (terms[:last].nansum() / terms.nansum()).item()
 
 
 def plot_bits(material: Material) -> Figure:
-    """The bound of schedule.py, section 5, in bits per pixel: each term, and the sum from t = 1."""
-    found, T = material.claims["bits"], material.checkpoint.schedule.T
+    """How many bits does the model need for a pixel, and at which t?
+
+    On the left is the number of bits per pixel that each t costs, on the right their sum over 1..t,
+    for three choices of the variance σ_t² of the sampler's step. At most 1.563 bits are needed for
+    a pixel of a test digit (with the optimal variance), which takes 8 bits uncompressed. With β̃_t,
+    89 % of the bits are spent at t up to 50, where the image is nearly clean and to which the
+    training loss gives little weight.
+
+        bits per pixel    an image to which the model gives the probability p can be stored in
+                          -log2 p bits. The variational bound (train.py, section 1) is a sum over t
+                          that is at least as large; here it is divided by the number of pixels.
+                          Its term of t ≥ 2 measures how far the model's step from t to t - 1 is
+                          from the exact one, its term of t = 1 what it then costs to name x₀,
+                          given x₁
+        optimal           the variance that makes each term as small as possible: β̃_t plus the mean
+                          squared error of the predicted mean of the step. For t = 1, where β̃₁ = 0,
+                          the best of many values was taken (and β̃₂ in the place of β̃₁ for the
+                          curve β̃_t)
+        ±                 the standard error of the mean over the test images
+
+    Measured by `python -m tests.experiments.bound --data DIR` on the 10,000 test images, for each
+    variance:
+        terms    the bits per pixel that each t = 0..T costs; None where they are not known
+        total    [bits per pixel, standard error]
+    """
+    T = material.checkpoint.schedule.T
+    bits = material.claims["bits"]
     figure = Figure(figsize=(10, 4.6))
     left, right = figure.subplots(1, 2)
-    for name, label, color in (("beta", r"$\beta_t$", BLOG), ("optimal", "optimal", THIRD),
-                               ("beta_tilde", r"$\tilde\beta_t$", OURS)):
-        terms = torch.tensor([x or torch.nan for x in found[name]["terms"]])  # unknown: not drawn
-        total, error = found[name]["total"]
-        left.plot(range(1, T + 1), terms[1:], color=color, linewidth=1.2, label=label)
-        right.plot(range(1, T + 1), terms[1:].nan_to_num().cumsum(0), color=color,
+
+    # Draw the terms on the left and their sums on the right.
+    for variance, label, color in (("beta", r"$\beta_t$", BLOG), ("optimal", "optimal", THIRD),
+                                   ("beta_tilde", r"$\tilde\beta_t$", OURS)):
+        terms = terms_of_the_bound(bits[variance])
+        total, error = bits[variance]["total"]
+        left.plot(range(1, T + 1), terms.numpy(), color=color, linewidth=1.2, label=label)
+        right.plot(range(1, T + 1), terms.nan_to_num().cumsum(0).numpy(), color=color,
                    label=rf"{label}: {total:.3f} $\pm$ {error:.3f}")
-    share = terms[1:51].nansum() / terms.nansum()
+
+    # Label the axes.
+    share = share_of_the_bits(terms_of_the_bound(bits["beta_tilde"]), last=50)
     left.set(xscale="log", yscale="log", xlabel="t", ylabel="bits per pixel, term of t",
              title=rf"{share:.0%} of the bits are spent at t up to 50 ($\tilde\beta_t$)")
     right.set(xscale="log", xlabel="t", ylabel="sum of the terms 1..t", ylim=(0, None),
@@ -336,15 +734,58 @@ def plot_bits(material: Material) -> Figure:
     return figure
 
 
+def is_shown(chain: str) -> bool:
+    """Whether the samplers figure has a row for this chain.
+
+    Names such as "ddim 20" are a sampler and its number of steps. A comma announces something
+    else: another variance or network, which other figures and tables show, or restarts.
+    """
+    return "," not in chain or "restart" in chain
+
+
 def plot_samplers(material: Material) -> Figure:
-    """The same eight seeds through each sampler. The distance is that of tests/yardstick.py."""
-    found, note = material.claims["samplers"], "distance {1:.1f}\nof {0:,} images\n32 in {2:.2g} s"
-    rows = [(name.replace(" ", "\n"), found["images"][name],
-             note.format(*max(row["distances"].items()), row["seconds"]))
-            for name, row in found["chains"].items() if "," not in name or "restart" in name]
-    real = ", ".join(f"{floor:.1f} of {n:,}" for n, (floor, _) in found["floor"].items())
-    return picture_rows("Samplers, steps, and distance to test digits (that of real digits:\n"
-                        f"{real} images)", rows)
+    """Which sampler draws good digits in few steps?
+
+    Each row shows eight samples. On its left stand the sampler and its number of steps, on its
+    right the distance of its samples to test digits and the time that 32 samples take on two CPU
+    cores. With fresh noise, 20 steps of sde-dpm++ are as good as 1,000 of ddpm (distances 4.3 and
+    4.9). The samplers without fresh noise, ddim and dpm++, come closer to the test digits with more
+    steps, but remain behind. The best digits of all are restarted ones (2.9).
+
+        ddpm         the ancestral sampler, Algorithm 2 of DDPM, with fresh noise in each step
+        ddim         a sampler without fresh noise, which uses the noise that is in x_t again
+        dpm++        DPM-Solver++: as ddim, but x̂₀ is extrapolated from the last two predictions
+        sde-dpm++    dpm++ with the fresh noise of ddpm
+        restarted    the finished samples are noised again to t = 0.4 T and denoised in ten steps,
+                     three times, then three times more from t = 0.3 T. Malformed digits get another
+                     chance each time
+        distance     the Fréchet distance to the 10,000 test images. The classifier turns an image
+                     into 64 features (its last layer but one). Two sets of images, with means μ₁,
+                     μ₂ and covariance matrices C₁, C₂ of these features, are at the distance
+                         |μ₁ - μ₂|² + trace(C₁ + C₂ - 2 (C₁C₂)^½)
+                     which is 0 if both agree. It is large for digits of poor quality, and also for
+                     good ones of too little variety. It depends on the number of images, so compare
+                     only rows with the same number. The title gives it for real digits: sets of
+                     training images of that number
+
+    Measured by `python -m tests.experiments.measure --data DIR samplers`:
+        chains    {chain: its numbers}, among them seconds and distances = {number of images: ...}
+        images    {chain: its first eight samples, uint8 (8, 1, 28, 28)}
+        floor     {number of training images: (mean, standard deviation) of their distance}
+    """
+    measurements = material.claims["samplers"]
+    rows = []
+    for chain, row in measurements["chains"].items():
+        if is_shown(chain):
+            count = max(row["distances"])  # the largest number of images is the most reliable
+            note = (f"distance {row['distances'][count]:.1f}\n"
+                    f"of {count:,} images\n"
+                    f"32 in {row['seconds']:.2g} s")
+            rows.append((chain.replace(" ", "\n"), measurements["images"][chain], note))
+    real = ", ".join(f"{mean:.1f} of {count:,}"
+                     for count, (mean, _) in measurements["floor"].items())
+    return draw_rows("Samplers, steps, and distance to test digits (that of real digits:\n"
+                     f"{real} images)", rows)
 
 
 FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_loss,
@@ -354,7 +795,18 @@ CLAIMS = {"difficulty": plot_difficulty, "decided": plot_decided, "noise": plot_
           "samplers": plot_samplers}
 
 
-# ----------------------------------------------------------------------------- gather and save
+# =========================================================================================
+# Below this line is plumbing: reading what was measured, sampling, saving, the command line.
+# =========================================================================================
+
+STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+         "lines.linewidth": 1.5, "legend.frameon": False, "legend.fontsize": 10,
+         "image.cmap": "gray", "image.interpolation": "nearest", "savefig.dpi": 150,
+         "figure.facecolor": "white", "figure.constrained_layout.use": True}
+
+KNOWN = [*FIGURES, "animation", *CLAIMS]  # the names of all figures, in the order of drawing
+
 
 def fingerprint(path: Path) -> str:
     """The first digits of the SHA-256 of a model file, by which measurements name it."""
@@ -362,88 +814,190 @@ def fingerprint(path: Path) -> str:
 
 
 def measured(path: Path) -> dict:
-    """What has been measured of this model file, and of no other, by the name of the figure."""
-    found, mark = {}, fingerprint(path)
+    """Read what has been measured of a model file from the files beside it.
+
+    path  the model file; claims.pt, bound.json and seeds.json in its folder are read if they exist
+
+    Returns {name of the figure: its numbers}. Measurements of any other model are left out. Raises
+    ValueError if a file is damaged.
+    """
+    mark = fingerprint(path)
+    measurements = {}
     try:
-        if (file := path.parent / "claims.pt").exists():
-            found |= torch.load(file, weights_only=True)
-        for name, file in (("bits", "bound.json"), ("loss", "seeds.json")):
-            if (path.parent / file).exists():
-                found[name] = json.loads((path.parent / file).read_text())
-        return {name: part for name, part in found.items() if part.get("model") == mark}
-    except Exception as error:  # of many kinds, if a file is damaged
+        # Read claims.pt, which holds several figures, and the files that hold one figure each.
+        claims = path.parent / "claims.pt"
+        if claims.exists():
+            measurements.update(torch.load(claims, weights_only=True))
+        for name, file in (("bits", path.parent / "bound.json"),
+                           ("loss", path.parent / "seeds.json")):
+            if file.exists():
+                measurements[name] = json.loads(file.read_text())
+
+        # Keep what was measured of this very file.
+        return {name: part for name, part in measurements.items() if part.get("model") == mark}
+    except Exception as error:  # torch.load raises many kinds if a file is damaged
         raise ValueError(f"what was measured beside {path} cannot be read; repeat it") from error
 
 
-def gather(checkpoint: Checkpoint, names: list, claims: dict, device="cpu", mark="") -> Material:
-    """Collect what the named figures need, sampling at most once; claims is from measured()."""
-    chain, T = {}, checkpoint.schedule.T
-    needed = {"trajectory", "grid", "animation"} | (set() if "digits" in claims else {"forward"})
-    if needed & {*names}:
-        model, wanted = checkpoint.model.to(pick_device(device)), shown_levels(T) + frame_levels(T)
-        steps = sample(model, checkpoint.schedule, SEEDS, shape=(1, *2 * [model.config["size"]]))
-        for t, xt, x0_hat in tqdm(steps, total=T + 1, unit=" steps", desc="sampling", disable=None):
-            if t in wanted:
-                chain[t] = xt.cpu(), x0_hat.cpu()
+def needs_samples(names: list[str], claims: dict) -> bool:
+    """Whether one of the named figures is drawn from samples of the model."""
+    for name in names:
+        if name in ("trajectory", "grid", "animation"):
+            return True
+        if name == "forward" and "digits" not in claims:
+            return True
+    return False
+
+
+def gather(checkpoint: Checkpoint, names: list[str], claims: dict, device: str = "cpu",
+           mark: str = "") -> Material:
+    """Collect what the named figures need; sample only if one of them needs it, and only once.
+
+    claims  what measured() has read
+    device  the name of a device, as for --device
+    mark    the fingerprint of the model file
+    """
+    if not needs_samples(names, claims):
+        return Material(checkpoint, {}, claims, mark)
+
+    # Move the model to the device.
+    chosen = pick_device(device)
+    prepare_device(chosen)
+    model = checkpoint.model.to(chosen)
+
+    # Run one chain of T steps, and keep the levels that are drawn.
+    T = checkpoint.schedule.T
+    size = model.config["size"]
+    wanted = {*shown_levels(T), *frame_levels(T)}
+    steps = sample(model, checkpoint.schedule, SEEDS, shape=(1, size, size))
+    chain = {}
+    for t, xt, x0_hat in tqdm(steps, total=T + 1, unit=" steps", desc="sampling", disable=None):
+        if t in wanted:
+            chain[t] = (xt.cpu(), x0_hat.cpu())
     return Material(checkpoint, chain, claims, mark)
 
 
+def describe_origin(material: Material) -> str:
+    """The text inside each file that says which model and which run it was drawn from."""
+    config = material.checkpoint.config
+    epochs = len(material.checkpoint.history["loss"])
+    return (f"{material.dataset}, {epochs} epochs, training seed {config.seed}, {config.schedule} "
+            f"schedule, T = {config.T}, model {material.mark}, samples of seeds from 0 on")
+
+
+def save_animation(material: Material, path: Path) -> None:
+    """Write the animation: 80 milliseconds a frame, the digits three seconds, again and again."""
+    first, *others = animation_frames(material)
+    first.save(path, save_all=True, append_images=others, loop=0, comment=describe_origin(material),
+               duration=[80] * len(others) + [3000])
+
+
 def draw(name: str, material: Material, folder: Path) -> Path:
-    """Draw one figure into folder/name.png, or the animation into name.gif; return that path."""
-    config, epochs = material.checkpoint.config, len(material.checkpoint.history["loss"])
-    about = (f"{material.dataset}, {epochs} epochs, training seed {config.seed}, {config.schedule} "
-             f"schedule, T = {config.T}, model {material.mark}, samples of seeds from 0 on")
-    path = folder / (f"{name}.gif" if name == "animation" else f"{name}.png")
+    """Draw one figure into folder/name.png, or the animation into folder/animation.gif.
+
+    The same material gives the same file, byte for byte. Returns its path; raises OSError if it
+    cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if name == "animation":
-        # 16 shades: noise does not compress otherwise. The digits stay for three seconds.
-        first, *rest = [draw_grid(material.chain[t][0], scale=2).quantize(16)
-                        for t in frame_levels(material.checkpoint.schedule.T)]
-        first.save(path, save_all=True, append_images=rest, loop=0, comment=about,
-                   duration=[80] * len(rest) + [3000])
+        path = folder / "animation.gif"
+        save_animation(material, path)
         return path
+
+    # Leave out "Software": it holds the version of matplotlib, which would change the bytes.
+    metadata = {"Description": describe_origin(material), "Software": None}
+    path = folder / f"{name}.png"
+    plot = (FIGURES | CLAIMS)[name]
     with rc_context(STYLE):
-        (FIGURES | CLAIMS)[name](material).savefig(path, metadata={
-            "Description": about, "Software": None})  # whose version would change the bytes
+        plot(material).savefig(path, metadata=metadata)
     return path
 
 
-def main(argv: list[str] | None = None) -> None:
-    known = [*FIGURES, "animation", *CLAIMS]
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Draw the figures.")
-    parser.add_argument("names", nargs="*", metavar="FIGURE", help=f"{', '.join(known)} (all)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="model (your own, else the shipped)")
-    parser.add_argument("--out", metavar="DIR", help="folder (figures, or beside your own model)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
+def output_folder(path: Path, out: str | None) -> Path:
+    """The folder for the figures of a model file: `out` if it is given (by --out), else its own.
+
+    Figures of pretrained/model.pt go to figures/ beside the scripts, those of your own model.pt to
+    figures/ beside it. Those of another file, such as epoch-3.pt, go to figures-epoch-3/ instead.
+    """
+    if out:
+        return Path(out)
+    home = path.parent
+    if path.resolve().parent == SHIPPED.parent:
+        home = HERE
+    return home / f"figures-{path.stem}".removesuffix("-model")
+
+
+def choose_figures(asked: list[str], claims: dict, path: Path) -> list[str]:
+    """The names of the figures to draw: those asked for, or all that can be drawn if none is.
+
+    Raises ValueError if one is asked for by name whose measurements are missing. If none is asked
+    for, prints which are left out.
+    """
+    names = asked if asked else KNOWN
+    missing = [name for name in names if name in CLAIMS and name not in claims]
+    if missing:
+        message = (f"not measured beside {path}: {', '.join(missing)} (measure them by python -m "
+                   "tests.experiments.measure, bits by python -m tests.experiments.bound)")
+        if asked:
+            raise ValueError(message)
+        print(message, file=sys.stderr)
+    return [name for name in names if name not in missing]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; for options that can never work, exit with status 2 and one line."""
+    parser = Parser(description="Draw the figures of the book from a trained model.")
+    parser.add_argument("names", nargs="*", metavar="FIGURE",
+                        help=f"what to draw: {', '.join(KNOWN)} (default: all)")
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="model file (default: your own finished run, else the shipped one)")
+    parser.add_argument("--out", metavar="DIR",
+                        help="folder for the figures (default: figures/ beside the model file; for "
+                             "the shipped model, beside the scripts)")
+    parser.add_argument("--device", default="auto",
+                        help="cuda, mps or cpu; auto is the first that is there "
+                             "(default: %(default)s)")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.names if name not in known]
+
+    # Refuse what is not known.
+    for name in args.names:
+        if name not in KNOWN:
+            parser.error(f"unknown figure {name!r}; known are {', '.join(KNOWN)}")
     try:
-        if unknown:
-            raise ValueError(f"unknown figure {unknown[0]!r}; known are {', '.join(known)}")
         pick_device(args.device)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    return args
+
+
+def draw_all(args: argparse.Namespace) -> None:
+    """Draw the figures that the command line asks for, and print the name of each file."""
+    # Open the model. The loss alone can be drawn while the run is still under way.
+    finished = args.names != ["loss"]
+    path, checkpoint = open_checkpoint(args.checkpoint, finished=finished)
+
+    # Decide what to draw, and where to.
+    claims = measured(path)
+    names = choose_figures(args.names, claims, path)
+    folder = output_folder(path, args.out)
+
+    # Collect what the figures need, then draw them.
+    material = gather(checkpoint, names, claims, args.device, mark=fingerprint(path))
+    for name in names:
+        print("wrote", draw(name, material, folder), flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. If something is missing or damaged, exit with one line on stderr."""
+    args = parse_arguments(argv)
     try:
-        # The loss of a run can be looked at while it is still under way.
-        path, checkpoint = open_checkpoint(args.checkpoint, finished=args.names != ["loss"])
-        home = HERE if path.resolve().parent == SHIPPED.parent else path.parent
-        folder = Path(args.out or home / f"figures-{path.stem}".removesuffix("-model"))
-        claims = measured(path)
-        missing = [name for name in args.names or known if name in CLAIMS and name not in claims]
-        if missing:
-            lack = f"not measured beside {path}: {', '.join(missing)} (see tests/measure.py)"
-            if args.names:
-                raise ValueError(lack)
-            print(lack, file=sys.stderr)
-        names = [name for name in args.names or known if name not in missing]
-        material = gather(checkpoint, names, claims, args.device, fingerprint(path))
-        for name in names:
-            print("wrote", draw(name, material, folder), flush=True)
+        draw_all(args)
     except KeyboardInterrupt:
         print("\nstopped; figures named above are complete", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit("plots.py: " + str(error).partition("\n")[0])
+        first_line = str(error).partition("\n")[0]
+        sys.exit(f"plots.py: {first_line}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,27 @@
-"""Every figure is drawn, from any model file, the same each time, and shows what it says."""
+"""Every figure is drawn from any model file, the same each time, and shows what it says."""
 
 import copy
 import json
+import re
 import runpy
 import shutil
+from io import BytesIO
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import plots as script
-from plots import CLAIMS, FIGURES, draw, fingerprint, frame_levels, gather, measured
-from sample import to_uint8
+from plots import CLAIMS, FIGURES, draw, fingerprint, frame_levels, gather, measured, shown_levels
+from sample import SHIPPED, to_uint8
+from schedule import NoiseSchedule
 from strategies import normal, pictures
 from train import BLOG_LOSS, from_uint8, load_checkpoint
-
 
 # As if measured: T = 20, losses that fall as 1/t, a digit that is decided at t = 6.
 FALLING = torch.cat([torch.zeros(1), 1 / torch.arange(1, 21)]).double()
@@ -44,9 +49,32 @@ EVERY = [*FIGURES, "animation", *CLAIMS]
 
 @pytest.fixture(scope="module")
 def material(tiny_run):
-    """What all figures need, from the tiny run, which has been measured."""
+    """What all figures need, from the tiny run, as if it had been measured."""
     return gather(load_checkpoint(tiny_run / "model.pt"), EVERY, MEASURED, mark="abc123")
 
+
+def titles(figure: Figure) -> list[str]:
+    return [ax.get_title() for ax in figure.axes]
+
+
+def notes(figure: Figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def drawn_image(ax) -> torch.Tensor:
+    """The pixels of the picture in these axes."""
+    return torch.from_numpy(ax.images[0].get_array().data)
+
+
+def like_the_blogs(material):
+    """The same material, as if the model were trained with the noise levels of the blog."""
+    other = copy.deepcopy(material)
+    other.checkpoint.config.T = 1000
+    other.checkpoint.config.schedule = "linear"
+    return other
+
+
+# ------------------------------------------------------------------------------- files of figures
 
 @pytest.mark.parametrize("name", [*FIGURES, *CLAIMS])
 def test_figure_is_drawn_twice_the_same(name, material, tmp_path):
@@ -55,7 +83,9 @@ def test_figure_is_drawn_twice_the_same(name, material, tmp_path):
     assert first == second
     with Image.open(tmp_path / "a" / f"{name}.png") as picture:
         assert picture.width == 1500 and 200 < picture.height < 2000
-        assert "training seed 0, cosine schedule, T = 20, model abc123" in picture.info["Description"]
+        origin = picture.info["Description"]
+        assert "training seed 0, cosine schedule, T = 20, model abc123" in origin
+        assert "Software" not in picture.info
 
 
 def test_animation_shows_the_chain(material, tmp_path):
@@ -63,12 +93,13 @@ def test_animation_shows_the_chain(material, tmp_path):
     path, again = (draw("animation", material, tmp_path / run) for run in "ab")
     assert path.name == "animation.gif" and path.read_bytes() == again.read_bytes()
     levels = frame_levels(20)
-    assert levels[0] == 20 and levels[-1] == 0 and levels == sorted(set(levels), reverse=True)
     with Image.open(path) as animation:
         assert animation.n_frames == len(levels) and animation.info["loop"] == 0
         assert b"training seed 0" in animation.info["comment"]
         assert b"model abc123" in animation.info["comment"]
+        assert animation.info["duration"] == 80
         animation.seek(len(levels) - 1)
+        assert animation.info["duration"] == 3000
         shown = pil_to_tensor(animation.convert("L"))[0]
     final = to_uint8(material.chain[0][0][0, 0]).float()
     # 16 shades are at most 16 apart, or a little more where few pixels share one.
@@ -78,91 +109,99 @@ def test_animation_shows_the_chain(material, tmp_path):
 def test_animation_is_small_enough():
     """48 frames of noise at full T, the worst case, stay below two megabytes."""
     assert len(frame_levels(1000)) == 48
-    from io import BytesIO
     noise = normal(0, 32, 1, 28, 28, dtype=torch.float32)
     file = BytesIO()
     script.draw_grid(noise, scale=2).quantize(16).save(file, "GIF")
     assert 48 * len(file.getvalue()) < 2_000_000
 
 
-def titles(figure) -> list[str]:
-    return [ax.get_title() for ax in figure.axes]
+@given(st.integers(2, 2000))
+def test_levels_fall_from_T_to_0(T):
+    """Both lists of noise levels begin at T, end at 0, and have each level once."""
+    for levels in (shown_levels(T), frame_levels(T)):
+        assert levels[0] == T and levels[-1] == 0
+        assert levels == sorted(set(levels), reverse=True)
 
 
-def notes(figure) -> list[str]:
-    return [text.get_text() for ax in figure.axes for text in ax.texts]
+# ---------------------------------------------------------------------------- figures of the model
+
+def test_forward_process_follows_its_formula():
+    """x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε, with one ε for all t: eight levels, from the clean image to T."""
+    schedule = NoiseSchedule(100, "cosine")
+    x0 = normal(3, 2, 1, 28, 28)
+    noised = script.forward_images(schedule, x0)
+    assert [t for t, _ in noised] == [0, 5, 10, 20, 30, 40, 60, 100]
+    assert torch.equal(noised[0][1], x0)
+    alpha_bar = torch.tensor([schedule.alpha_bar[t].item() for t, _ in noised[1:]])
+    images = torch.stack([xt for _, xt in noised[1:]])
+    signal, noise = (factor.sqrt().view(7, 1, 1, 1, 1) for factor in (alpha_bar, 1 - alpha_bar))
+    eps = (images - signal * x0) / noise
+    assert torch.allclose(eps, eps[-1].expand_as(eps), atol=1e-5)
+    assert 0.9 < eps[-1].std() < 1.1 and abs(eps[-1].mean()) < 0.1
+    assert (eps[-1, 0] - eps[-1, 1]).abs().mean() > 0.5  # each image has noise of its own
 
 
-def test_figures_of_claims_state_what_was_measured(material):
-    """The numbers in titles and notes are those of the measurements, not of the blog."""
-    # 1/t summed up to 20 is 3.598; half of it is passed between 1/1 + 1/2 + 1/3 and the next.
-    # At t = 19 the mean of 1/14 to 1/20 is 0.0597, at 1 that of 1/1 to 1/6 is 0.408.
-    assert titles(script.plot_difficulty(material)) == [
-        "Loss near t = 1: 7 times that near 19", "Half of the loss lies at t below 4"]
-    curve = script.plot_difficulty(material).axes[1].lines[0].get_ydata()
-    assert curve[-1] == pytest.approx(1) and curve[0] == pytest.approx(1 / FALLING.sum().item())
-    assert titles(script.plot_decided(material)) == [
-        "Nine of ten restarts keep the numeral from t = 6 on"]
-    assert (script.plot_decided(material).axes[0].lines[3].get_ydata() == 0).all()  # not below
-    assert notes(script.plot_noise(material)) == [
-        "spread 0.25\nclear 75%\n0-4 1 1 1 4 0\n5-9 0 1 1 1 0"] * 4
-    assert "digits: 0.3)" in script.plot_noise(material).get_suptitle()
-    assert titles(script.plot_copies(material))[1] == (
-        "median distance of samples 0.250, of test digits 0.500")
-    held_out = material.checkpoint.history["held_out"][0]
-    assert notes(script.plot_epochs(material)) == [f"held-out loss\n{held_out:.4f}"]
-    bits = script.plot_bits(material)
-    assert titles(bits)[0].startswith("100% of the bits are spent at t up to 50")  # all there are
-    assert bits.axes[1].lines[0].get_ydata()[-1] == pytest.approx(0.5 + 18 * 0.025)
-    assert "1.000 $\\pm$ 0.010" in bits.axes[1].get_legend().get_texts()[0].get_text()
-    samplers = script.plot_samplers(material)
-    # Of the most images that there are, for plain chains and restarted ones.
-    assert notes(samplers) == 2 * ["distance 4.5\nof 2,000 images\n32 in 0.5 s"]
-    assert "digits:\n1.2 of 500, 1.0 of 2,000 images)" in samplers.get_suptitle()
+def test_forward_process_says_whose_digits_it_shows(material):
+    """Measured: real digits, and no sampling for them. Not measured: the network's, and it says so.
+    """
+    real = gather(material.checkpoint, ["forward"], MEASURED)
+    assert not real.chain
+    own = gather(material.checkpoint, ["forward"], {})
+    for m, word, expected in ((real, "MNIST: images", from_uint8(MEASURED["digits"]["images"])),
+                              (own, "MNIST: generated images", own.chain[0][0][:4])):
+        figure = script.plot_forward(m)
+        assert word in figure.subfigs[0].get_suptitle()
+        assert "the cosine schedule" in figure.subfigs[0].get_suptitle()
+        noised = script.forward_images(material.checkpoint.schedule, expected)
+        for row in range(4):
+            for column, (t, xt) in enumerate(noised):
+                ax = figure.axes[row * len(noised) + column]
+                assert torch.equal(drawn_image(ax), xt[row, 0])
+                assert ax.get_title() == (f"t = {t}" if row == 0 else "")
 
 
-def test_copies_stand_below_their_samples(material):
-    """Rows of eight: samples, their nearest training digits, the next samples, and so on."""
-    tiled = torch.from_numpy(script.plot_copies(material).axes[0].images[0].get_array().data)
-    found = MEASURED["copies"]
-    for k in range(32):
-        for row, images in ((k // 8 * 2, found["images"]), (k // 8 * 2 + 1, found["nearest"])):
-            top, left = 2 + 30 * row, 2 + 30 * (k % 8)
-            assert torch.equal(tiled[top:top + 28, left:left + 28], from_uint8(images[k, 0]))
+def test_schedules_are_drawn_as_they_are():
+    """Squares of the factors add up to 1, and their ratio is the signal-to-noise ratio, whose
+    logarithm is drawn up to T - 1. A third schedule is dotted."""
+    factors, ratio = Figure().subplots(1, 2)
+    script.draw_schedules(factors, ratio, 50, ["linear", "cosine", "linear"])
+    assert [line.get_linestyle() for line in ratio.lines] == ["-", "--", ":"]
+    assert [line.get_label() for line in ratio.lines] == ["linear", "cosine", "linear"]
+    assert [line.get_label() for line in factors.lines[:4]] == [
+        "signal, linear", "noise, linear", "signal, cosine", "noise, cosine"]
+    for k, kind in enumerate(("linear", "cosine")):
+        alpha_bar = NoiseSchedule(50, kind, allow_signal=True).alpha_bar
+        signal, noise = (torch.from_numpy(line.get_ydata())
+                         for line in factors.lines[2 * k:2 * k + 2])
+        assert torch.allclose(signal, alpha_bar.sqrt())
+        assert torch.allclose(signal**2 + noise**2, torch.ones_like(signal))
+        decibels = torch.from_numpy(ratio.lines[k].get_ydata())
+        assert torch.allclose(10**(decibels / 20), (signal / noise)[1:50])
+        assert list(ratio.lines[k].get_xdata()) == list(range(1, 50))
 
 
-def test_grid_shows_the_samples(material):
-    """The picture in the axes is made of the 32 final images, on the fixed grey scale."""
-    figure = script.plot_grid(material)
-    shown = figure.axes[0].images[0]
-    assert shown.get_clim() == (-1, 1)
-    final = material.chain[0][0]
-    for k in range(32):
-        top, left = 2 + 30 * (k // 8), 2 + 30 * (k % 8)
-        tile = torch.from_numpy(shown.get_array().data[top:top + 28, left:left + 28])
-        assert torch.equal(tile, final[k, 0])
+def test_embedding_shows_sines_above_cosines_and_distances(material):
+    """A column for each t, sin ω_i t in the upper half and cos ω_i t in the lower one, with ω_i
+    from 1 to 1/10,000. The curves are Euclidean distances to t = 2, 10 and 18, and 0 only there."""
+    figure = script.plot_embedding(material)
+    features = torch.from_numpy(figure.axes[0].images[0].get_array().data)
+    half = len(features) // 2
+    omega = 10_000 ** (-torch.linspace(0, 1, half, dtype=torch.float64))
+    angles = omega[:, None] * torch.arange(1, 21)
+    expected = torch.cat([angles.sin(), angles.cos()])
+    assert torch.allclose(features.double(), expected, atol=1e-5)
+    for t, line in zip((2, 10, 18), figure.axes[1].lines):
+        distance = torch.from_numpy(line.get_ydata()).double()
+        by_hand = (expected - expected[:, [t - 1]]).square().sum(0).sqrt()
+        assert torch.allclose(distance, by_hand, atol=1e-4)
+        assert distance[t - 1] == 0 and (distance == 0).sum() == 1
+        assert line.get_label() == f"to t = {t}"
 
 
-def test_trajectory_shows_noisy_images_above_predictions(material):
-    """Upper row x_t, lower row x0_hat, t falling from T to 0, one grey scale everywhere."""
-    figure = script.plot_trajectory(material)
-    levels = script.shown_levels(20)
-    columns = len(levels)
-    assert levels[0] == 20 and levels[-1] == 0 and len(figure.axes) == 2 * columns
-    for i, t in enumerate(levels):
-        xt, x0_hat = material.chain[t]
-        for ax, expected in ((figure.axes[i], xt), (figure.axes[columns + i], x0_hat)):
-            drawn = torch.from_numpy(ax.images[0].get_array().data)
-            assert torch.equal(drawn, expected[script.SHOWN, 0])
-            assert ax.images[0].get_clim() == (-1, 1)
-        assert figure.axes[i].get_title() == f"t = {t}"
-
-
-def like_the_blogs(material):
-    """The same, as if trained with the noise levels of the blog."""
-    other = copy.deepcopy(material)
-    other.checkpoint.config.T, other.checkpoint.config.schedule = 1000, "linear"
-    return other
+def test_range_over_seeds_is_taken_epoch_by_epoch():
+    """The lowest and the highest may be of different runs; an unfinished run ends the range."""
+    runs = [{"held_out": [0.3, 0.1, 0.1]}, {"held_out": [0.2, 0.4]}, {"held_out": [0.25, 0.2, 0.3]}]
+    assert script.range_over_seeds(runs) == ([0.2, 0.1], [0.3, 0.4])
 
 
 def test_loss_shows_history_and_the_blogs_numbers(material):
@@ -172,11 +211,25 @@ def test_loss_shows_history_and_the_blogs_numbers(material):
     linear = ax.lines[-1]
     assert linear.get_ydata()[0] == pytest.approx(2 * FALLING[1:].mean().item())
     drawn = [line.get_ydata() for line in ax.lines[:-1]]
-    assert [list(y) for y in drawn] == [  # the tiny run is of MNIST, as far as its file says
-        list(BLOG_LOSS), material.checkpoint.history["loss"],
-        material.checkpoint.history["held_out"]]
+    history = material.checkpoint.history
+    # The tiny run is of MNIST, as far as its file says.
+    assert [list(y) for y in drawn] == [list(BLOG_LOSS), history["loss"], history["held_out"]]
+    assert [text.get_text() for text in ax.texts[:3]] == [
+        "0.0619", f"{history['loss'][-1]:.4f}", f"{history['held_out'][-1]:.4f}"]
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == 0.2 and band.max() == 0.3
+
+
+@pytest.mark.parametrize("name, value", [("dataset", "builtin"), ("T", 500), ("images", 100),
+                                         ("schedule", "cosine")])
+def test_blog_is_shown_only_beside_what_can_be_compared(material, name, value):
+    """A model of other images or noise levels is drawn without the blog's numbers, and says of
+    which images it is."""
+    other = like_the_blogs(material)
+    setattr(other.checkpoint.config, name, value)
+    other.claims.clear()
+    figure = script.plot_loss(other)
+    assert len(figure.axes[0].lines) == 2 and other.dataset in figure.axes[0].get_title()
 
 
 def test_loss_of_a_run_under_way(tiny_run, tmp_path, monkeypatch, capsys):
@@ -195,50 +248,255 @@ def test_loss_of_a_run_under_way(tiny_run, tmp_path, monkeypatch, capsys):
         assert str(own) in capsys.readouterr().out
     script.main(["embedding", "--device", "cpu", "--out", str(tmp_path)])
     out, err = capsys.readouterr()
-    assert "not finished" in err and str(script.SHIPPED) in out
+    assert "not finished" in err and str(SHIPPED) in out
 
 
-@pytest.mark.parametrize("name, value", [("dataset", "builtin"), ("T", 500), ("images", 100),
-                                         ("schedule", "cosine")])
-def test_blog_is_shown_only_beside_what_can_be_compared(material, name, value):
-    """A model of other images or noise levels is drawn without the blog's numbers, and says of
-    which images it is."""
-    other = like_the_blogs(material)
-    setattr(other.checkpoint.config, name, value)
-    other.claims.clear()
-    figure = script.plot_loss(other)
-    assert len(figure.axes[0].lines) == 2 and other.dataset in figure.axes[0].get_title()
+def test_trajectory_shows_noisy_images_above_predictions(material):
+    """Upper row x_t, lower row x0_hat, t falling from T to 0, one grey scale everywhere."""
+    figure = script.plot_trajectory(material)
+    levels = shown_levels(20)
+    columns = len(levels)
+    assert len(figure.axes) == 2 * columns
+    for i, t in enumerate(levels):
+        xt, x0_hat = material.chain[t]
+        for ax, expected in ((figure.axes[i], xt), (figure.axes[columns + i], x0_hat)):
+            assert torch.equal(drawn_image(ax), expected[script.SHOWN, 0])
+            assert ax.images[0].get_clim() == (-1, 1)
+        assert figure.axes[i].get_title() == f"t = {t}"
+    assert f"seed {script.SEEDS[script.SHOWN]}." in figure.get_suptitle()
+
+
+def test_grid_shows_the_samples(material):
+    """The picture in the axes is made of the 32 final images, on the fixed grey scale."""
+    ax = script.plot_grid(material).axes[0]
+    assert ax.images[0].get_clim() == (-1, 1)
+    tiled = drawn_image(ax)
+    final = material.chain[0][0]
+    for k in range(32):
+        top, left = 2 + 30 * (k // 8), 2 + 30 * (k % 8)
+        assert torch.equal(tiled[top:top + 28, left:left + 28], final[k, 0])
+
+
+# -------------------------------------------------------------------- figures of what was measured
+
+def test_figures_of_claims_state_what_was_measured(material):
+    """The numbers in titles and notes are those of the measurements, not of the blog."""
+    # 1/t summed up to 20 is 3.598; half of it is passed between 1/1 + 1/2 + 1/3 and the next.
+    # At t = 19 the mean of 1/14 to 1/20 is 0.0597, at 1 that of 1/1 to 1/6 is 0.408.
+    assert titles(script.plot_difficulty(material)) == [
+        "Loss near t = 1: 7 times that near 19", "Half of the loss lies at t below 4"]
+    curve = script.plot_difficulty(material).axes[1].lines[0].get_ydata()
+    assert curve[-1] == pytest.approx(1) and curve[0] == pytest.approx(1 / FALLING.sum().item())
+    assert titles(script.plot_decided(material)) == [
+        "Nine of ten restarts keep the numeral from t = 6 on"]
+    assert notes(script.plot_noise(material)) == [
+        "spread 0.25\nclear 75%\n0-4 1 1 1 4 0\n5-9 0 1 1 1 0"] * 4
+    assert "digits: 0.3)" in script.plot_noise(material).get_suptitle()
+    assert "10 samples" in script.plot_noise(material).get_suptitle()
+    assert titles(script.plot_copies(material))[1] == (
+        "median distance of samples 0.250, of test digits 0.500")
+    held_out = material.checkpoint.history["held_out"][0]
+    assert notes(script.plot_epochs(material)) == [f"held-out loss\n{held_out:.4f}"]
+    bits = script.plot_bits(material)
+    assert titles(bits)[0].startswith("100% of the bits are spent at t up to 50")  # all there are
+    assert bits.axes[1].lines[0].get_ydata()[-1] == pytest.approx(0.5 + 18 * 0.025)
+    assert "1.000 $\\pm$ 0.010" in bits.axes[1].get_legend().get_texts()[0].get_text()
+    samplers = script.plot_samplers(material)
+    # Of the most images that there are, for plain chains and restarted ones.
+    assert notes(samplers) == 2 * ["distance 4.5\nof 2,000 images\n32 in 0.5 s"]
+    assert "digits:\n1.2 of 500, 1.0 of 2,000 images)" in samplers.get_suptitle()
+
+
+def test_groups_of_neighbours_are_averaged():
+    """Groups of two of t = 1..5 have the mean t 1.5, 3.5 and 5; entry 0 of the loss is unused."""
+    mean_t, mean_loss = script.average_groups(torch.tensor([99., 1, 3, 10, 20, 7]), size=2)
+    assert mean_t.tolist() == [1.5, 3.5, 5]
+    assert mean_loss.tolist() == [2, 15, 7]
+
+
+def test_share_of_the_loss_is_cumulative():
+    """Losses 1, 3, 4 at t = 1..3 make shares of 1/8, 4/8 and 8/8."""
+    assert script.share_up_to(torch.tensor([0., 1, 3, 4])).tolist() == [0.125, 0.5, 1]
+
+
+def test_loss_near_t_is_a_mean_of_eleven():
+    """From t - 5 to t + 5, but not of t = 0, nor beyond T."""
+    loss = torch.arange(21.0)**2
+    assert script.loss_near(loss, 10) == pytest.approx(sum(t * t for t in range(5, 16)) / 11)
+    assert script.loss_near(loss, 2) == pytest.approx(sum(t * t for t in range(1, 8)) / 7)
+    assert script.loss_near(loss, 19) == pytest.approx(sum(t * t for t in range(14, 21)) / 7)
+
+
+@given(st.lists(st.integers(1, 100), min_size=2, max_size=30))
+def test_half_of_the_loss_lies_below_the_t_that_a_plain_loop_finds(losses):
+    """The smallest t such that the losses of 1..t-1 make up half of all."""
+    t = 1
+    while 2 * sum(losses[:t - 1]) < sum(losses):
+        t += 1
+    loss = torch.tensor([0, *losses], dtype=torch.float64)
+    assert script.half_lies_below(loss) == t
 
 
 @pytest.mark.parametrize("T, epochs", [(7, [1]), (251, [1, 2]), (1235, [1, 2, 3, 4])])
 def test_difficulty_is_drawn_for_any_T_and_number_of_epochs(material, T, epochs):
-    """The last epoch is blue and the linear denoiser grey, however many there are; each point is the
-    mean of its neighbours, so the mean of all points is that of the losses, up to the last few."""
-    other, loss = copy.deepcopy(material), 1 / torch.arange(T + 1).clamp(min=1).double()
+    """The last epoch is blue and the linear denoiser grey, however many there are; each point is
+    the mean of its neighbours."""
+    other = copy.deepcopy(material)
+    loss = 1 / torch.arange(T + 1).clamp(min=1).double()
     other.checkpoint.schedule.T = T
     other.claims["difficulty"] = {"linear": 2 * loss, "epochs": {k: loss * k for k in epochs}}
-    left = script.plot_difficulty(other).axes[0]
+    figure = script.plot_difficulty(other)
+    left, right = figure.axes
     drawn = {line.get_label(): line for line in left.lines if line.get_label()[0] != "_"}
+    assert list(drawn) == [f"after epoch {k}" for k in epochs if k != 2 or k == epochs[-1]] + [
+        "best linear denoiser"]
     assert drawn["best linear denoiser"].get_color() == script.FAINT
     last = drawn[f"after epoch {epochs[-1]}"]
     assert last.get_color() == script.OURS and 0 < last.get_xdata()[0] < last.get_xdata()[-1] <= T
     size = max(1, T // 100)
     assert last.get_ydata()[0] == pytest.approx(epochs[-1] * loss[1:size + 1].mean().item())
+    assert [line.get_color() for line in right.lines] == [
+        line.get_color() for line in drawn.values()]
 
 
-def test_forward_process_says_whose_digits_it_shows(material):
-    """Measured: real digits, and no sampling for them. Not measured: the network's, and it says so.
-    """
-    real = gather(material.checkpoint, ["forward"], MEASURED)
-    assert not real.chain
-    own = gather(material.checkpoint, ["forward"], {})
-    for m, word, expected in ((real, "MNIST: images", from_uint8(MEASURED["digits"]["images"])),
-                              (own, "MNIST: generated images", own.chain[0][0][:4])):
-        figure = script.plot_forward(m)
-        assert word in figure.subfigs[0].get_suptitle()
-        shown = figure.axes[0].images[0].get_array().data
-        assert torch.equal(torch.from_numpy(shown), expected[0, 0])
+def test_decided_shows_the_shares_that_were_measured(material):
+    """The four curves are those that were measured, and nothing is drawn below 0."""
+    levels = MEASURED["decided"]["levels"]
+    ax = script.plot_decided(material).axes[0]
+    curves = ax.lines[:4]
+    for line, key in zip(curves, ("class", "pixels", "low")):
+        assert list(line.get_xdata()) == list(levels)
+        assert list(line.get_ydata()) == [row[key] for row in levels.values()]
+    assert (curves[3].get_ydata() == 0).all()
+    # The blog's phases end at 600, 400, 100 and 0 of 1,000, here of 20.
+    assert [line.get_xdata()[0] for line in ax.lines[4:]] == [12, 8, 2, 0]
 
+
+def test_digit_is_decided_at_the_largest_t_that_keeps_it():
+    """The largest t with a share of 0.9 or more; 0 if there is none."""
+    levels = {t: {"class": share} for t, share in ((30, 0.5), (20, 0.9), (10, 1.0))}
+    assert script.decided_from(levels) == 20
+    assert script.decided_from(levels, share=0.95) == 10
+    assert script.decided_from({30: {"class": 0.5}}) == 0
+
+
+def test_rows_alternate():
+    """Ten images in rows of four: a row of the first, the row of the second below it, and so on."""
+    upper = torch.arange(10).view(10, 1, 1, 1)
+    rows = script.alternate_rows(upper, upper + 100, columns=4)
+    assert rows.flatten().tolist() == [
+        0, 1, 2, 3, 100, 101, 102, 103, 4, 5, 6, 7, 104, 105, 106, 107, 8, 9, 108, 109]
+
+
+def test_copies_stand_below_their_samples(material):
+    """Rows of eight: samples, their nearest training digits, the next samples, and so on."""
+    tiled = drawn_image(script.plot_copies(material).axes[0])
+    copies = MEASURED["copies"]
+    for k in range(32):
+        for row, images in ((k // 8 * 2, copies["images"]), (k // 8 * 2 + 1, copies["nearest"])):
+            top, left = 2 + 30 * row, 2 + 30 * (k % 8)
+            assert torch.equal(tiled[top:top + 28, left:left + 28], from_uint8(images[k, 0]))
+
+
+def test_distances_are_counted_in_histograms(material):
+    """Nine test digits at 0.5 and nine samples at 0.25, each in one of thirty bins up to 0.6."""
+    ax = script.plot_copies(material).axes[1]
+    for first, distance in ((0, 0.5), (30, 0.25)):
+        counts = [bar.get_height() for bar in ax.patches[first:first + 30]]
+        assert counts[int(distance / 0.02)] == 9 and sum(counts) == 9
+    assert [line.get_xdata()[0] for line in ax.lines] == [0.5, 0.25]  # the medians
+
+
+def test_unknown_terms_of_the_bound_are_gaps_and_count_as_nothing():
+    """Terms 3, unknown, 1 at t = 1..3: the first two have three quarters of the bits."""
+    terms = script.terms_of_the_bound({"terms": [None, 3.0, None, 1.0]})
+    assert terms.isnan().tolist() == [False, True, False]
+    assert terms[[0, 2]].tolist() == [3, 1]
+    assert script.share_of_the_bits(terms, last=2) == 0.75
+    assert script.share_of_the_bits(terms, last=50) == 1
+
+
+def test_samplers_are_shown_once():
+    """Plain chains and restarted ones, but no other variance and not the blog's network."""
+    shown = [name for name in ("ddim 20", "sde-dpm++ 20, restarted", "ddpm 1000, zero",
+                               "ddpm 1000, not clipped", "the blog's network, ddpm 1000")
+             if script.is_shown(name)]
+    assert shown == ["ddim 20", "sde-dpm++ 20, restarted"]
+
+
+def numbers_in_docstrings() -> list[tuple[str, str]]:
+    """(figure, words of its docstring), with the numbers computed from what was measured of the
+    shipped model."""
+    checkpoint = load_checkpoint(SHIPPED)
+    claims = measured(SHIPPED)
+    quotes = []
+
+    # Where the two factors of image and noise are equal.
+    t = torch.arange(1, 1001)
+    for kind in ("linear", "cosine"):
+        equal = t[NoiseSchedule(1000, kind).snr(t) <= 1].min()
+        quotes.append(("forward", f"at t = {equal} for the {kind}"))
+
+    # How losses compare.
+    linear = claims["difficulty"]["linear"][1:].mean()
+    passed = sum(loss > linear for loss in BLOG_LOSS) + 1
+    assert passed == 8
+    quotes.append(("loss", "the best linear denoiser only in its eighth epoch"))
+    factor = (1 / checkpoint.schedule.alpha_bar[-1] - 1).sqrt()
+    quotes.append(("trajectory", f"which is {factor:.0f} in the shipped model"))
+    last = claims["difficulty"]["epochs"][15]
+    ratio = last[5:16].mean() / last[945:956].mean() / 1000
+    quotes.append(("difficulty", f"falls by a factor of {ratio:.0f},000"))
+    quotes.append(("difficulty", f"lies at t below {script.half_lies_below(last)}."))
+    held_out = checkpoint.history["held_out"]
+    quotes.append(("epochs", f"falls by only {1 - held_out[14] / held_out[0]:.0%} from the first"))
+
+    # Shares and distances of samples.
+    kept = {t: f"{row['class']:.0%}" for t, row in claims["decided"]["levels"].items()}
+    quotes.append(("decided", f"at t = 600 end as the same numeral as the original in {kept[600]}"))
+    quotes.append(("decided", f"at t = 300 in {kept[300]}"))
+    quotes.append(("decided", f"at t = 400, already {kept[400]} of"))
+    clear = claims["samplers"]["test images"]["confident"]
+    quotes.append(("noise", f"{clear:.0%} for test digits"))
+    quotes.append(("noise", f"{claims['noise']['ddpm 1000, zero']['confident']:.0%} without noise"))
+    samples, test = (claims["copies"][name].median() for name in ("samples", "test"))
+    quotes.append(("copies", f"is {samples:.3f} for samples and {test:.3f} for test digits"))
+    distances = {chain: row["distance"] for chain, row in claims["samplers"]["chains"].items()}
+    for chain, words in (("sde-dpm++ 20", "1,000 of ddpm (distances {:.1f}"),
+                         ("ddpm 1000", "and {:.1f})"),
+                         ("sde-dpm++ 20, restarted", "restarted ones ({:.1f})")):
+        quotes.append(("samplers", words.format(distances[chain])))
+
+    # Bits per pixel.
+    terms = claims["bits"]["beta_tilde"]["terms"][1:]
+    quotes.append(("bits", f"At most {claims['bits']['optimal']['total'][0]:.3f} bits"))
+    quotes.append(("bits", f"{sum(terms[:50]) / sum(terms):.0%} of the bits"))
+    return quotes
+
+
+def test_docstrings_quote_what_was_measured():
+    """Each number that a docstring gives for the shipped model is the measured one."""
+    for name, words in numbers_in_docstrings():
+        docstring = " ".join((FIGURES | CLAIMS)[name].__doc__.split())
+        assert words.replace("%", " %") in docstring, f"{name}: {words}"
+
+
+def test_docstrings_say_how_to_measure():
+    """Each figure of a measurement names a command whose module, and whose part, exists."""
+    experiments = script.HERE / "tests" / "experiments"
+    for name, plot in CLAIMS.items():
+        docstring = " ".join(plot.__doc__.split())
+        command = re.search(r"Measured by `python -m tests\.experiments\.(\w+) --data DIR ?(\w*)`",
+                            docstring)
+        source = (experiments / f"{command[1]}.py").read_text(encoding="utf-8")
+        if command[1] == "measure":
+            assert command[2] == name and f"def {name}(" in source
+    for plot in FIGURES.values():
+        for module in re.findall(r"-m tests\.experiments\.(\w+)", plot.__doc__):
+            assert (experiments / f"{module}.py").exists()
+
+
+# --------------------------------------------------------------------------------------- plumbing
 
 def test_what_was_measured_of_the_model_is_read_from_beside_it(tmp_path):
     """claims.pt, bound.json and seeds.json. What is missing, or of another model, is left out."""
@@ -256,6 +514,44 @@ def test_what_was_measured_of_the_model_is_read_from_beside_it(tmp_path):
     assert measured(path) == {}
 
 
+@pytest.mark.parametrize("names, claims, needed", [
+    (["loss", "embedding"], {}, False), ([*CLAIMS], {}, False), (["loss", "grid"], {}, True),
+    (["trajectory"], {}, True), (["animation"], MEASURED, True), (["forward"], {}, True),
+    (["forward"], MEASURED, False), ([], {}, False)])
+def test_samples_are_drawn_only_for_figures_that_show_them(names, claims, needed):
+    """Trajectory, grid and animation, and the forward process if no real digits were saved."""
+    assert script.needs_samples(names, claims) == needed
+
+
+def test_figures_that_were_not_measured_are_left_out_or_refused(tmp_path, capsys):
+    """Asked for all: the others, in order, and a line on what is missing. Asked by name: an error.
+    """
+    path = tmp_path / "model.pt"
+    claims = {"noise": {}, "bits": {}}
+    chosen = script.choose_figures([], claims, path)
+    assert chosen == [*FIGURES, "animation", "noise", "bits"]
+    err = capsys.readouterr().err
+    assert f"not measured beside {path}: difficulty, decided, copies, epochs, samplers (" in err
+    assert err.count("\n") == 1
+    assert script.choose_figures(["noise", "grid"], claims, path) == ["noise", "grid"]
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match="not measured beside .*: decided"):
+        script.choose_figures(["noise", "decided"], claims, path)
+
+
+def test_figures_lie_beside_the_model_they_show(tmp_path):
+    """The shipped model's in figures/ beside the scripts, your own beside your run, those of
+    another file of a run in a folder of their own; --out wins."""
+    run = tmp_path / "runs" / "mnist"
+    assert script.output_folder(SHIPPED, None) == script.HERE / "figures"
+    assert script.output_folder(SHIPPED.with_name("epoch-3.pt"), None) == (
+        script.HERE / "figures-epoch-3")
+    assert script.output_folder(run / "model.pt", None) == run / "figures"
+    assert script.output_folder(run / "epoch-3.pt", None) == run / "figures-epoch-3"
+    assert script.output_folder(run / "model.pt", str(tmp_path)) == tmp_path
+
+
+@pytest.mark.slow
 def test_figures_without_measurements_are_left_out(tiny_run, tmp_path, capsys):
     """All figures of a run that has not been measured: those that need nothing, and a line on the
     others."""
@@ -304,9 +600,14 @@ def test_damaged_measurements_are_named_in_one_line(tiny_run, tmp_path, capsys):
 
 def test_interrupt_says_what_is_complete(tiny_run, tmp_path, monkeypatch, capsys):
     """Ctrl-C while a figure is drawn exits with 130; those before it were named and are whole."""
-    def stopped(material):
-        raise KeyboardInterrupt
-    monkeypatch.setitem(FIGURES, "grid", stopped)
+    save = Figure.savefig
+
+    def interrupted(figure, path, **options):
+        if path.stem == "grid":
+            raise KeyboardInterrupt
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
     with pytest.raises(SystemExit) as exit_:
         script.main(["loss", "grid", "--checkpoint", str(tiny_run / "model.pt"), "--out",
                      str(tmp_path), "--device", "cpu"])
@@ -314,6 +615,20 @@ def test_interrupt_says_what_is_complete(tiny_run, tmp_path, monkeypatch, capsys
     assert exit_.value.code == 130 and "figures named above are complete" in err
     assert "loss.png" in out.splitlines()[-1] and imread(tmp_path / "loss.png").std() > 0
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_help_shows_usage_and_defaults_but_errors_are_one_line(capsys):
+    """--help has a usage line and the default of each option; a wrong option gets a single line."""
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["--help"])
+    shown = capsys.readouterr().out
+    assert exit_.value.code == 0 and shown.startswith("usage: ")
+    assert shown.count("(default: ") == 4
+    for argv in (["--colour"], ["losses"], ["loss", "--device", "abacus"]):
+        with pytest.raises(SystemExit) as exit_:
+            script.main(argv)
+        out, err = capsys.readouterr()
+        assert exit_.value.code == 2 and not out and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name, options, says", [
