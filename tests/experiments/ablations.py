@@ -44,7 +44,7 @@ def without(kind: type) -> Callable[..., UNet]:
 
 
 def time_at_the_bottleneck(**sizes) -> UNet:
-    """A UNet that is told t only in the blocks at the smallest size; elsewhere, zeros replace it."""
+    """A UNet that is told t only in the blocks at the smallest size; the others get zeros."""
     def forget_time(_, inputs: tuple) -> tuple:
         *images, time = inputs  # blocks are called with (x, time), the gain with (time,)
         return *images, torch.zeros_like(time)

@@ -1,4 +1,4 @@
-"""The laws of the bound on the bits of an image: it closes where the best model is known, what is
+"""The laws of the bound on the bits of an image: it is exact where the best model is known, what is
 drawn at random is right on average, and the error that is stated is the error that is made.
 
 The oracle is Gaussian data. If the pixels of x_0 are independent N(mu, lam), the best network is
@@ -8,22 +8,27 @@ of x_T from pure noise.
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import bound as script
-from bound import (BITS, VARIANCES, bound_terms, decoder, divergence, draw_levels, fit_decoder,
-                   look, mean_by_level, measure, optimal_variance, prior, probabilities)
-from sample import p_step
+from sample import SHIPPED, p_step
 from schedule import NoiseSchedule
-from strategies import FEW, SEED, normal, pictures, schedules, write_mnist
-from test_schedule import closed_bound
+from tests.experiments import bound as script
+from tests.experiments.bound import (
+    BITS, VARIANCES, bound_terms, decoder, divergence, draw_levels, fit_decoder, look,
+    mean_by_level, measure, optimal_variance, prior, probabilities)
+from tests.strategies import FEW, SEED, normal, pictures, schedules, write_mnist
+from tests.test_schedule import closed_bound
 from train import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 DEFAULT = NoiseSchedule()
+SHORT = NoiseSchedule(T=25, kind="cosine")
 
 
 def number(x: float) -> torch.Tensor:
@@ -37,8 +42,10 @@ def gaussian(schedule: NoiseSchedule, lam: float) -> tuple[torch.Tensor, torch.T
     x_t has the variance v_t = alpha_bar_t lam + 1 - alpha_bar_t, and x_0 given x_t has
     lam (1 - alpha_bar_t)/v_t. The first is v_{t-1} - alpha_t v_{t-1}^2/v_t = v_{t-1} beta_t/v_t.
     """
-    exact, error = [0.0], [0.0]
-    beta, alpha_bar = schedule.beta.tolist(), schedule.alpha_bar.tolist()
+    exact = [0.0]
+    error = [0.0]
+    beta = schedule.beta.tolist()
+    alpha_bar = schedule.alpha_bar.tolist()
     v = [a * lam + 1 - a for a in alpha_bar]
     for t in range(1, schedule.T + 1):
         exact.append(v[t - 1] * beta[t] / v[t])
@@ -48,8 +55,11 @@ def gaussian(schedule: NoiseSchedule, lam: float) -> tuple[torch.Tensor, torch.T
 
 
 def gaussian_bound(schedule, mu: float, lam: float, variance: torch.Tensor) -> float:
-    """The functions of bound.py put together, for such data, in nats. Data without grey levels need
-    a density as their decoder: ln(2 pi sigma^2)/2 + error/(2 sigma^2) at t = 1."""
+    """The functions of bound.py put together, for such data, in nats.
+
+    Data without grey levels need a density as their decoder: ln(2 pi sigma^2)/2 +
+    error/(2 sigma^2) at t = 1.
+    """
     _, error = gaussian(schedule, lam)
     first = (2 * math.pi * variance[1]).log() / 2 + error[1] / (2 * variance[1])
     same_square = torch.full((1, 1, 1, 1), math.sqrt(mu**2 + lam), dtype=torch.float64)
@@ -64,16 +74,19 @@ def gaussian_bound(schedule, mu: float, lam: float, variance: torch.Tensor) -> f
 @pytest.mark.parametrize("schedule", [DEFAULT, NoiseSchedule(kind="cosine")],
                          ids=["linear", "cosine"])
 def test_bound_closes_on_shipped_schedules(schedule, lam, mu):
-    """With the best network and the exact variance of each step back nothing is lost: the bound is
-    H(x_0) + KL(q(x_T) || N(0, I)), to 1e-10, at T = 1000. (DDPM, equations 3 and 5)"""
+    """With the best network and the exact variance of each step back, nothing is lost: the bound is
+    H(x_0) + KL(q(x_T) || N(0, I)), to 1e-10, at T = 1000. (DDPM, equations 3 and 5)
+    """
     exact, _ = gaussian(schedule, lam)
     assert abs(gaussian_bound(schedule, mu, lam, exact) - closed_bound(schedule, mu, lam)) < 1e-10
 
 
 @given(schedules(), st.floats(-1, 1), st.floats(0.01, 2))
 def test_bound_closes_on_any_schedule(schedule, mu, lam):
-    """The same. 1 - alpha_bar_t, of which ratios are taken, is at least 1e-5, and rounded by 1e-16:
-    1e-11 of it. This is what the logarithm of a ratio may be off by, in few of at most 40 terms."""
+    """The same. The ratios are of numbers 1 - alpha_bar_t, which are at least 1e-5 and rounded by
+    1e-16, or 1e-11 of their value. So much may the logarithm of a ratio be off, in few of at most
+    40 terms.
+    """
     exact, _ = gaussian(schedule, lam)
     assert abs(gaussian_bound(schedule, mu, lam, exact) - closed_bound(schedule, mu, lam)) < 1e-10
 
@@ -101,14 +114,15 @@ def test_divergence_is_that_of_two_gaussians(t, ratio, distance):
     """KL(N(m, beta_tilde_t) || N(m', sigma^2)), as torch.distributions has it."""
     q = torch.distributions.Normal(number(0.3), DEFAULT.beta_tilde[t].sqrt())
     p = torch.distributions.Normal(0.3 + distance * q.scale, q.scale * math.sqrt(ratio))
-    found = divergence(DEFAULT, torch.tensor([t]), p.variance, (q.mean - p.mean).square())
-    assert math.isclose(found.item(), torch.distributions.kl_divergence(q, p).item(), abs_tol=1e-13)
+    kl = divergence(DEFAULT, torch.tensor([t]), p.variance, (q.mean - p.mean).square())
+    assert math.isclose(kl.item(), torch.distributions.kl_divergence(q, p).item(), abs_tol=1e-13)
 
 
 @given(schedules(), SEED)
 def test_prior_is_that_of_two_gaussians(schedule, seed):
     """KL(q(x_T|x_0) || N(0, 1)), each image for itself, as torch.distributions has it."""
-    x0, end = normal(seed, 3, 1, 2, 2).clamp(-1, 1), schedule.alpha_bar[-1]
+    x0 = normal(seed, 3, 1, 2, 2).clamp(-1, 1)
+    end = schedule.alpha_bar[-1]
     q = torch.distributions.Normal(end.sqrt() * x0, (1 - end).sqrt())
     noise = torch.distributions.Normal(number(0), number(1))
     expected = torch.distributions.kl_divergence(q, noise)
@@ -122,8 +136,9 @@ ALL = torch.arange(256, dtype=torch.uint8)[:, None]  # each byte an image of one
 
 @given(st.floats(-1, 1), st.floats(-16, 1))
 def test_probabilities_of_all_bytes_sum_to_one(mean, log_variance):
-    """The 256 intervals cover the line without gap or overlap; and black for white is mean for
-    -mean."""
+    """The 256 intervals cover the line without gap or overlap. And an image with black and white
+    exchanged costs the same if the mean changes its sign.
+    """
     nats = decoder(ALL, torch.full((256, 1), mean, dtype=torch.float64), number(log_variance).exp())
     assert abs(nats.neg().exp().sum().item() - 1) < 1e-12 and (nats >= 0).all()
     mirrored = decoder(ALL, torch.full((256, 1), -mean, dtype=torch.float64),
@@ -133,8 +148,9 @@ def test_probabilities_of_all_bytes_sum_to_one(mean, log_variance):
 
 @given(st.integers(0, 255), st.floats(-1, 1), st.floats(0.005, 1))
 def test_decoder_is_the_integral_of_the_density(k, mean, sigma):
-    """Simpson's rule over [x - 1/255, x + 1/255], the ends of the range open, with x = 2k/255 - 1,
-    where the interval lies within 6 standard deviations (beyond, see the next test)."""
+    """Simpson's rule over [x - 1/255, x + 1/255] with x = 2k/255 - 1, open at the ends of the
+    range, gives the same for intervals within 6 standard deviations (for others, see below).
+    """
     x = 2 * k / 255 - 1
     low = x - 1 / 255 if k > 0 else min(mean, x) - 12 * sigma
     high = x + 1 / 255 if k < 255 else max(mean, x) + 12 * sigma
@@ -146,17 +162,19 @@ def test_decoder_is_the_integral_of_the_density(k, mean, sigma):
     weight[1:-1:2], weight[2:-1:2] = 4, 2
     density = (-(y - mean) ** 2 / (2 * sigma**2)).exp() / (sigma * math.sqrt(2 * math.pi))
     integral = (weight * density).sum().item() * (high - low) / n / 3
-    found = decoder(torch.tensor([[k]], dtype=torch.uint8), number(mean)[None, None],
-                    number(sigma**2))
-    assert math.isclose(found.item(), -math.log(integral), rel_tol=1e-9, abs_tol=1e-9)
+    nats = decoder(torch.tensor([[k]], dtype=torch.uint8), number(mean)[None, None],
+                   number(sigma**2))
+    assert math.isclose(nats.item(), -math.log(integral), rel_tol=1e-9, abs_tol=1e-9)
 
 
 @pytest.mark.parametrize("k, mean", [(0, 1.0), (255, -1.0), (100, 1.0), (200, -1.0), (1, 0.9)])
 @pytest.mark.parametrize("sigma", [1e-4, 1e-3, 0.01])
 def test_decoder_of_a_far_value_is_exact(k, mean, sigma):
-    """Where no float64 holds the probability, its logarithm is that of the tail of a Gaussian,
-    z^2/2 + ln(z sqrt(2 pi)) - ln(1 - 1/z^2 + 3/z^4 - 15/z^6), z the near end of the interval in
-    standard deviations. The far end adds less than exp(-z/129) of it for sigma <= 0.01."""
+    """Where the probability is too small for float64, its negative logarithm is that of the tail of
+    a Gaussian, z^2/2 + ln(z sqrt(2 pi)) - ln(1 - 1/z^2 + 3/z^4 - 15/z^6), with z the near end of
+    the interval in standard deviations. The far end cuts off a share of less than exp(-z/129) for
+    sigma <= 0.01.
+    """
     x = 2 * k / 255 - 1
     z = (abs(x - mean) - 1 / 255) / sigma
     tail = z**2 / 2 + math.log(z * math.sqrt(2 * math.pi))
@@ -164,14 +182,15 @@ def test_decoder_of_a_far_value_is_exact(k, mean, sigma):
     if 0 < k < 255:  # the interval ends: a share is cut off
         wide = z + 2 / 255 / sigma
         tail -= math.log1p(-math.exp((z - wide) * (z + wide) / 2) * z / wide)
-    found = decoder(torch.tensor([[k]], dtype=torch.uint8), number(mean)[None, None],
-                    number(sigma**2))
-    assert math.isclose(found.item(), tail, rel_tol=1e-8)
+    nats = decoder(torch.tensor([[k]], dtype=torch.uint8), number(mean)[None, None],
+                   number(sigma**2))
+    assert math.isclose(nats.item(), tail, rel_tol=1e-8)
 
 
 def test_price_of_a_decoder_that_knows_the_pixel():
     """With sigma_1^2 = beta_1 = 1e-4, half an interval is 0.392 standard deviations. So an exact
-    mean costs 0.62 bits for black or white and 1.71 bits for grey: erf gives the probabilities."""
+    mean costs 0.62 bits for black or white and 1.71 bits for grey: erf gives the probabilities.
+    """
     nats = decoder(ALL, ALL.double() / 127.5 - 1, DEFAULT.beta[1])
     inside = math.erf(1 / 255 / 0.01 / math.sqrt(2))
     assert torch.allclose(nats[1:255].exp() * inside, number(1.0))
@@ -182,9 +201,11 @@ def test_price_of_a_decoder_that_knows_the_pixel():
 @FEW
 @given(SEED, st.floats(math.log(0.003), math.log(0.3)))
 def test_fitted_decoder_is_the_best_and_near_the_truth(seed, log_sigma):
-    """No variance of a fine grid does better, and pixels that are their means plus noise of
-    variance s^2, rounded, give s^2 back within 5.5 standard errors, sqrt(2/N) of it, if the noise
-    is wide against a grey level. Allowed on top: the 1/12 of a squared level that rounding adds."""
+    """No variance of a fine grid does better. And if pixels are their means plus noise of variance
+    s^2, rounded, the fit gives back s^2, within 5.5 standard errors of sqrt(2/N) of it, if the
+    noise is wide compared with a grey level. The 1/12 of a squared level that rounding adds is
+    allowed on top.
+    """
     sigma = math.exp(log_sigma)
     mean = normal(seed, 50, 1, 8, 8).clamp(-2, 2) / 4
     pixels = ((mean + sigma * normal(seed + 1, *mean.shape) + 1) * 127.5).round().clamp(0, 255)
@@ -203,27 +224,30 @@ def test_fitted_decoder_is_the_best_and_near_the_truth(seed, log_sigma):
 @given(schedules() | st.just(DEFAULT), st.floats(0.01, 2))
 def test_optimal_variance_is_the_analytic_one_for_a_perfect_network(schedule, lam):
     """beta_tilde_t + E error = beta_tilde_t + f^2 (1 - E eps_hat^2), f = beta_t/sqrt(alpha_t
-    (1 - alpha_bar_t)), the formula of Bao et al. And it is the exact variance of the step back.
+    (1 - alpha_bar_t)), the formula of Bao et al. It is also the exact variance of the step back.
 
     The best guess is eps_hat = sqrt(1 - alpha_bar_t) (x_t - sqrt(alpha_bar_t) mu)/v_t, so
     E eps_hat^2 is (1 - alpha_bar_t)/v_t.
     """
     exact, error = gaussian(schedule, lam)
-    found = optimal_variance(schedule, error)[2:]
-    a, alpha_bar = schedule.alpha[2:], schedule.alpha_bar[2:]
+    variance = optimal_variance(schedule, error)[2:]
+    a = schedule.alpha[2:]
+    alpha_bar = schedule.alpha_bar[2:]
     factor = schedule.beta[2:] / (a * (1 - alpha_bar)).sqrt()
     square = (1 - alpha_bar) / (alpha_bar * lam + 1 - alpha_bar)
     bao = schedule.beta_tilde[2:] + factor**2 * (1 - square)
-    assert torch.allclose(found, bao, rtol=1e-9, atol=0)
-    assert torch.allclose(found, exact[2:], rtol=1e-9, atol=0)
+    assert torch.allclose(variance, bao, rtol=1e-9, atol=0)
+    assert torch.allclose(variance, exact[2:], rtol=1e-9, atol=0)
 
 
 @given(schedules(), SEED, st.floats(0.01, 2))
 def test_optimal_variance_is_a_minimum(schedule, seed, step):
-    """For whatever mean errors a network makes, any other variance, larger or smaller, costs more
-    at every t; and at the least, ln(sigma^2/beta_tilde)/2 is left."""
+    """Whatever the mean errors of a network are, any other variance, larger or smaller, costs more
+    at every t; and at the minimum, ln(sigma^2/beta_tilde)/2 is left.
+    """
     error = schedule.beta_tilde * normal(seed, schedule.T + 1).square() + 1e-9
-    best, t = optimal_variance(schedule, error), torch.arange(2, schedule.T + 1)
+    best = optimal_variance(schedule, error)
+    t = torch.arange(2, schedule.T + 1)
     least = divergence(schedule, t, best[t], error[t])
     assert torch.allclose(least, (best[t] / schedule.beta_tilde[t]).log() / 2, atol=1e-12)
     for sign in (-1, 1):
@@ -236,8 +260,8 @@ def test_optimal_variance_is_a_minimum(schedule, seed, step):
 def test_estimate_is_unbiased_exactly(weights, K, seed):
     """The mean of term/(K p_t) over all draws is the sum of the terms, with no chance involved.
 
-    p_t is weights_t/n. Each of the K slices of the probability is entered at n points, evenly: then
-    t comes up K weights_t times among the K n draws. Each image has n rows, one for each point.
+    p_t is weights_t/n. Each of the K slices of the probability is entered at n evenly spaced
+    points, one for each of n rows. Then t comes up K weights_t times among the K n draws.
     """
     n = sum(weights)
     p = torch.tensor([0, 0, *weights], dtype=torch.float64) / n
@@ -252,23 +276,26 @@ def test_estimate_is_unbiased_exactly(weights, K, seed):
 
 @given(schedules(), SEED, st.integers(1, 8))
 def test_levels_are_drawn_within_range_one_in_each_slice(schedule, seed, K):
-    """p sums to 1 over t = 2..T, no t has less than a fifth of the average, draws lie in 2..T, also
-    at the ends of [0, 1), and rise along a row; and cheap terms are drawn less than dear ones."""
+    """p sums to 1 over t = 2..T, no t has less than a fifth of the average, and small terms are
+    drawn less often than large ones. The draws lie in 2..T, also at the ends of [0, 1), and rise
+    along a row.
+    """
     terms = normal(seed, schedule.T + 1).square()
     p = probabilities(terms)
     assert abs(p.sum().item() - 1) < 1e-12 and p[0] == p[1] == 0
     assert (p[2:] > 0.19999 / (schedule.T - 1)).all()
     assert (p[2:].argsort() == terms[2:].argsort()).all()
     u = torch.rand(20, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    for u in (u, torch.zeros(1, K, dtype=torch.float64),
-              torch.full((1, K), 1 - 2**-53, dtype=torch.float64)):
-        t = draw_levels(p, u)
+    lowest = torch.zeros(1, K, dtype=torch.float64)
+    highest = torch.full((1, K), 1 - 2**-53, dtype=torch.float64)
+    for numbers in (u, lowest, highest):
+        t = draw_levels(p, numbers)
         assert t.min() >= 2 and t.max() <= schedule.T and (t.diff(dim=1) >= 0).all()
 
 
 @given(SEED)
 def test_mean_of_each_level_equals_a_plain_loop(seed):
-    """Mean and standard error of the values at each t; nothing is said of a t with too few."""
+    """Mean and standard error of the values at each t; NaN at a t that has too few values."""
     generator = torch.Generator().manual_seed(seed)
     t = torch.randint(1, 8, (15,), generator=generator)
     values = normal(seed, 15)
@@ -280,25 +307,24 @@ def test_mean_of_each_level_equals_a_plain_loop(seed):
         assert torch.allclose(error[k], expected, equal_nan=True)
 
 
-# --------------------------------------------------------------------------------- the whole of it
+# ------------------------------------------------------------------------------------ all of it
 
 class Linear(torch.nn.Module):
     """The best network for pixels N(mu, lam): eps_hat = sqrt(1 - alpha_bar_t)
-    (x_t - sqrt(alpha_bar_t) mu)/v_t. It answers in float64 and keeps what it was asked."""
+    (x_t - sqrt(alpha_bar_t) mu)/v_t. It answers in float64 and keeps what it was asked.
+    """
 
     def __init__(self, schedule: NoiseSchedule, mu: float, lam: float):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(1))  # tells look() the device
         alpha_bar = schedule.alpha_bar
         self.k = (1 - alpha_bar).sqrt() / (alpha_bar * lam + 1 - alpha_bar)
-        self.shift, self.asked = alpha_bar.sqrt() * mu, []
+        self.shift = alpha_bar.sqrt() * mu
+        self.asked = []
 
     def forward(self, xt, t):
         self.asked.append((xt, t))
         return self.k[t].view(-1, 1, 1, 1) * (xt - self.shift[t].view(-1, 1, 1, 1))
-
-
-SHORT = NoiseSchedule(T=25, kind="cosine")
 
 
 def expected_terms(schedule, images, mu: float, lam: float, variance: torch.Tensor) -> torch.Tensor:
@@ -311,7 +337,9 @@ def expected_terms(schedule, images, mu: float, lam: float, variance: torch.Tens
     it by a sum on a grid of 8 standard deviations.
     """
     x0 = images.double().flatten(1) / 127.5 - 1
-    beta, alpha_bar, terms = schedule.beta.tolist(), schedule.alpha_bar.tolist(), []
+    beta = schedule.beta.tolist()
+    alpha_bar = schedule.alpha_bar.tolist()
+    terms = []
     for t in range(1, schedule.T + 1):
         a, s2 = alpha_bar[t], 1 - alpha_bar[t]
         k = math.sqrt(s2) / (a * lam + s2)
@@ -342,7 +370,8 @@ def test_measured_bound_is_the_expected_one_and_its_error_is_honest():
     greys = torch.tensor([60, 180], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 1, 4, 4)
     variances = torch.stack([SHORT.beta, SHORT.beta_tilde, (SHORT.beta + SHORT.beta_tilde) / 2])
     variances[:, 1] = torch.tensor([1e-3, 3e-3, 1e-2])
-    model, generator = Linear(SHORT, -0.1, 0.3), torch.Generator().manual_seed(1)
+    model = Linear(SHORT, -0.1, 0.3)
+    generator = torch.Generator().manual_seed(1)
     expected = torch.stack([expected_terms(SHORT, greys, -0.1, 0.3, v).mean(0) for v in variances])
     first = prior(SHORT, greys.double() / 127.5 - 1).mean().item() * BITS
     p = probabilities(expected.mean(0))
@@ -355,10 +384,11 @@ def test_measured_bound_is_the_expected_one_and_its_error_is_honest():
         truth = {"prior": first, "t = 1": terms[1].item(), "t = 2-10": terms[2:11].sum().item(),
                  "t = 11-25": terms[11:].sum().item()}
         assert list(runs[0][name]["groups"]) == list(truth)
-        found = {key: torch.tensor([run[name]["groups"][key] for run in runs]) for key in truth}
+        measured = {key: torch.tensor([run[name]["groups"][key] for run in runs])
+                    for key in truth}
         truth["total"] = sum(truth.values())
-        found["total"] = torch.tensor([run[name]["total"] for run in runs])
-        for key, numbers in found.items():  # (100, 2): the number and its error
+        measured["total"] = torch.tensor([run[name]["total"] for run in runs])
+        for key, numbers in measured.items():  # (100, 2): the number and its error
             deviation = numbers[:, 0].std()
             assert abs(numbers[:, 0].mean() - truth[key]) < 5 * deviation / 10, (name, key)
             assert abs(deviation / numbers[:, 1].mean() - 1) < 4 * 0.07, (name, key)
@@ -372,9 +402,11 @@ def test_measured_bound_is_the_expected_one_and_its_error_is_honest():
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_the_mean_is_that_of_the_sampler(clip):
-    """error is the distance of the exact mean from that of p_step, clipped or not; x0_hat is what
-    p_step makes of x_1. The network is asked for the t of the paper, in float32."""
-    images, t = pictures(6, 8), torch.tensor([1, 25, 7, 1, 2, 13])
+    """error is the squared distance of the exact mean from that of p_step, clipped or not; x0_hat
+    is what p_step makes of x_1. The network is called with the t of the paper and float32 images.
+    """
+    images = pictures(6, 8)
+    t = torch.tensor([1, 25, 7, 1, 2, 13])
     model = Linear(SHORT, 0.5, 3.0)  # a bad guess, so that clipping matters
     rows = torch.tensor([5, 0, 1, 2, 2, 3])
     error, last = look(model, SHORT, images, rows, t, torch.Generator().manual_seed(0), clip)
@@ -391,9 +423,12 @@ def test_the_mean_is_that_of_the_sampler(clip):
 
 def test_fit_finds_the_variance_of_the_best_network():
     """For grey pixels N(mu, lam), rounded, and the best network, the fitted variance of each t >= 2
-    is that of the exact step back. 500/t images of 64 pixels and 20 at least: the mean of 1280
-    squares is off by sqrt(2/1280) = 4 %, of which five are allowed. The terms with it are least."""
-    mu, lam = 0.1, 0.02
+    is that of the exact step back. Each t has at least 20 images of 64 pixels; the mean of 1280
+    squares has a standard error of sqrt(2/1280) = 4 %, and five of these are allowed. With the
+    fitted variance the terms are least.
+    """
+    mu = 0.1
+    lam = 0.02
     pixels = (mu + math.sqrt(lam) * normal(3, 400, 1, 8, 8) + 1) * 127.5
     images = pixels.round().clamp(0, 255).to(torch.uint8)
     variances, terms = script.fit(Linear(SHORT, mu, lam), SHORT, images, 500,
@@ -409,59 +444,64 @@ def test_fit_finds_the_variance_of_the_best_network():
 
 def test_command_measures_and_prints(tmp_path, tiny_run, capsys):
     """A tiny run from end to end: the file holds all numbers, the table shows them, --table shows
-    the same again, and the same command finds the same numbers."""
+    the same again, and the same command measures the same numbers.
+    """
     write_mnist(tmp_path, pictures(16), torch.arange(16) % 10)
     argv = ["--data", str(tmp_path), "--checkpoint", str(tiny_run / "model.pt"), "--count", "12",
             "--draws", "4", "--fit", "25", "--device", "cpu", "--out", str(tmp_path / "b.json")]
     script.main(argv)
     printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "b.json").read_text())
-    check(found)
-    assert found["count"] == 12 and sum(found["draws"]) == 48 and found["draws"][1] == 12
-    assert len(found["optimal_variance"]) == 21 and found["clip"] is True
-    assert f"{found['optimal']['total'][0]:.4f} ± {found['optimal']['total'][1]:.4f}" in printed
+    results = json.loads((tmp_path / "b.json").read_text())
+    check(results)
+    assert results["count"] == 12 and sum(results["draws"]) == 48 and results["draws"][1] == 12
+    assert len(results["optimal_variance"]) == 21 and results["clip"] is True
+    assert "{:.4f} ± {:.4f}".format(*results["optimal"]["total"]) in printed
     script.main(["--table", "--out", str(tmp_path / "b.json")])
     assert capsys.readouterr().out in printed
     script.main(argv)
     again = json.loads((tmp_path / "b.json").read_text())
-    assert {**found, "seconds": 0} == {**again, "seconds": 0}
-    for wrong in ("--count", "--draws"):
+    assert {**results, "seconds": 0} == {**again, "seconds": 0}
+    for option in ("--count", "--draws"):
         with pytest.raises(SystemExit) as exit_:
-            script.main([wrong, "1"])
+            script.main([option, "1"])
         assert exit_.value.code == 2
 
 
-def check(found: dict) -> None:
+def check(results: dict) -> None:
     """Groups add up to the total, curves have an entry for each t, and errors are positive."""
-    T = len(found["draws"]) - 1
-    assert found["draws"][1] == found["count"]
-    assert sum(found["draws"]) == found["count"] * found["draws_per_image"]
+    T = len(results["draws"]) - 1
+    assert results["draws"][1] == results["count"]
+    assert sum(results["draws"]) == results["count"] * results["draws_per_image"]
     for name in VARIANCES:
-        total, groups = found[name]["total"], found[name]["groups"]
-        assert math.isclose(total[0], sum(value for value, _ in groups.values()), rel_tol=1e-9)
-        assert total[1] > 0 and all(error >= 0 for _, error in groups.values())
-        assert len(found[name]["terms"]) == len(found[name]["errors"]) == T + 1
-        assert found[name]["terms"][0] is None and found[name]["terms"][1] is not None
-        assert math.isclose(found[name]["terms"][1], groups["t = 1"][0], rel_tol=1e-3)
-        lines = script.table(found).splitlines()
+        number, error = results[name]["total"]
+        groups = results[name]["groups"]
+        terms = results[name]["terms"]
+        assert math.isclose(number, sum(value for value, _ in groups.values()), rel_tol=1e-9)
+        assert error > 0 and all(error >= 0 for _, error in groups.values())
+        assert len(terms) == len(results[name]["errors"]) == T + 1
+        assert terms[0] is None and terms[1] is not None
+        assert math.isclose(terms[1], groups["t = 1"][0], rel_tol=1e-3)
+        lines = script.table(results).splitlines()
         assert len(lines) == len(groups) + 3 and all(line.count("|") == 5 for line in lines)
 
 
 @pytest.mark.skipif(not script.RESULTS.exists(), reason="not measured yet")
 def test_what_is_shipped_was_measured_well():
-    """pretrained/bound.json is of the model that is shipped: all 10,000 test images, errors of at
-    most 0.01 bits, in all and in each group; the prior is 2.695e-5, which was computed elsewhere;
-    the optimal variance is the best of the three."""
-    found = json.loads(script.RESULTS.read_text())
-    check(found)
-    shipped = load_checkpoint(script.ROOT / "pretrained" / "model.pt")
-    assert found["held_out"] == shipped.history["held_out"] and found["count"] == 10_000
+    """pretrained/bound.json is of the shipped model: all 10,000 test images, with errors of at most
+    0.01 bits, of the whole bound and of each group. The prior is 2.695e-5, which was computed
+    elsewhere, and the optimal variance is the best of the three. README.md has the table.
+    """
+    results = json.loads(script.RESULTS.read_text())
+    check(results)
+    shipped = load_checkpoint(SHIPPED)
+    assert results["held_out"] == shipped.history["held_out"] and results["count"] == 10_000
     for name in VARIANCES:
-        numbers = [found[name]["total"], *found[name]["groups"].values()]
+        numbers = [results[name]["total"], *results[name]["groups"].values()]
         assert all(error <= 0.01 for _, error in numbers)
-        assert abs(found[name]["groups"]["prior"][0] - 2.695e-5) < 1e-8
+        assert abs(results[name]["groups"]["prior"][0] - 2.695e-5) < 1e-8
         # The curve, summed, is another estimate of the same from the same draws.
-        assert abs(sum(found[name]["terms"][1:]) - found[name]["total"][0]) < 0.03
-    assert found["optimal"]["total"][0] < min(found[n]["total"][0] for n in ("beta", "beta_tilde"))
-    readme = (script.ROOT / "README.md").read_text(encoding="utf-8")
-    assert script.table(found) in readme
+        assert abs(sum(results[name]["terms"][1:]) - results[name]["total"][0]) < 0.03
+    totals = {name: results[name]["total"][0] for name in VARIANCES}
+    assert min(totals, key=totals.get) == "optimal"
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert script.table(results) in readme

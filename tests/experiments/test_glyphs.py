@@ -25,8 +25,8 @@ def test_picture_is_ten_digits_wide():
 
 
 def test_each_cell_holds_one_digit_in_its_middle():
-    """36 to 200 pixels are more white than black; they are at least 14 pixels high, and their middle
-    is at most 3.5 pixels from the middle of the cell, whose rim is black.
+    """36 to 200 pixels are more white than black. From the first to the last row of them it is at
+    least 14, and their middle is at most 3.5 from the middle of the cell, whose rim is black.
     """
     for glyph in cells().flatten(0, 1):
         lit = glyph > 127

@@ -53,8 +53,7 @@ def mnist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(mnist, tmp_path_factory) -> Bench:
-    """A bench on few built-in digits and a network with few channels: two steps of training, T = 20.
-    """
+    """A bench on few built-in digits and a small network, trained for two steps with T = 20."""
     folder = tmp_path_factory.mktemp("bench")
     training, _ = train.builtin_digits(16, seed=0)
     held_out, _ = train.builtin_digits(8, seed=1)

@@ -36,8 +36,8 @@ def test_distance_in_one_dimension_is_known(seed, stretch, shift):
 
 @given(SEED)
 def test_distance_equals_the_general_formula(seed):
-    """The trace of (C_a C_b)^½ is the sum of the roots of the eigenvalues of C_a C_b, as computed by
-    a solver for matrices that are not symmetric.
+    """The trace of (C_a C_b)^½ is the sum of the roots of the eigenvalues of C_a C_b, as a solver
+    for matrices that are not symmetric computes them.
     """
     a = normal(seed, 50, 4) @ normal(seed + 1, 4, 4)
     b = normal(seed + 2, 50, 4) @ normal(seed + 3, 4, 4)
