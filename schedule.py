@@ -9,14 +9,15 @@ NOTATION. x₀ is a clean image with pixels in [-1, 1], x_t the image after t no
 the Gaussian distribution with mean m and variance v, and N(x; m, v) its density at x. q stands for
 the distributions of the noising chain, p_θ for those of the model, where θ are the weights of its
 network. E is an average, E_q an average over q. All noise is independent from pixel to pixel, so
-everything in this file may be read for a single pixel.
+everything in this file may be read for a single pixel. A bar marks a product over steps (ᾱ_t), a tilde what
+belongs to a step back when x₀ is known (β̃_t, μ̃_t). ∝ means equal up to a constant factor.
 
 ONE CONVENTION FOR TIME. Arrays have T+1 entries, and their index is the subscript of the papers:
 `beta[t]` is β_t for t = 1..T. Entry 0 stands for the clean image, with β₀ = 0 and ᾱ₀ = 1. So the
 step before t is always `alpha_bar[t - 1]`, also for t = 1. Without these two entries the code would
 need a case of its own for the first step, and would count T steps as 0..T-1 in some places and as
-1..T in others, which is the most common bug of the field. Training draws t from 1..T, sampling
-counts t = T, T-1, ..., 1, and the network is always given the t of the papers.
+1..T in others, an easy way to be off by one. Training draws t from 1..T, sampling counts
+t = T, T-1, ..., 1, and the network is always given the t of the papers.
 
 CONTENTS. NoiseSchedule: 1. the numbers β_t, α_t, ᾱ_t; 2. one noisy step; 3. many steps at once;
 4. one step back, if x₀ is known; 5. the same mean in terms of the noise. Below the line: checks of
@@ -56,14 +57,16 @@ class NoiseSchedule:
     # --------------------------------------------------- 1. The numbers β_t, α_t, ᾱ_t
     #
     # β_t is the variance of the noise that step t adds. In the linear schedule it grows evenly from
-    # 0.0001 to 0.02: small steps while the image is clean, larger ones when little is left to
-    # spoil. α_t = 1 - β_t is what step t keeps, and ᾱ_t = α_1 α_2 ··· α_t is what t steps keep.
-    # (All of these are variances; the factors on the image are their square roots.)
+    # 0.0001 to 0.02: the steps are small while the image is clean and every bit of noise shows,
+    # and larger when little is left to spoil. α_t = 1 - β_t is the share of the image's variance
+    # that step t keeps, and ᾱ_t = α_1 α_2 ··· α_t is the share that t steps keep. The pixels
+    # themselves are multiplied by the square roots of these.
     #
-    # At the end ᾱ_1000 is 4.04e-5, so 0.6 % of the image is left. This must be little, because
-    # sampling will start from pure noise. With the same β_1 and β_T but T = 200, √ᾱ_T would be
-    # 36 %, and the network would be asked to begin with images that it never saw in training. Such
-    # a schedule is refused.
+    # At the end ᾱ_1000 is 4.04e-5. The image has then been multiplied by √ᾱ_1000 = 0.006, so 0.6 %
+    # of it is left. This must be little, because sampling will start from noise that contains no
+    # digit at all. With the same β_1 and β_T but T = 200, √ᾱ_T would be 36 %: every x_T in training
+    # would still show its digit faintly, and the network would never have seen the pure noise from
+    # which sampling starts. Such a schedule is refused.
 
     def __init__(self, T: int = 1000, kind: str = "linear", beta_start: float = 1e-4,
                  beta_end: float = 0.02, allow_signal: bool = False):
@@ -72,11 +75,11 @@ class NoiseSchedule:
         if kind == "linear":
             betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         elif kind == "cosine":
-            # ᾱ_t = f(t)/f(0) falls more evenly than in the linear schedule, whose last quarter is
-            # almost pure noise. The offset 0.008 keeps the first steps from being too small, the
-            # cap at 0.999 keeps ᾱ_T above 0.
-            s = torch.arange(T + 1, dtype=torch.float64) / T
-            f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+            # ᾱ_t = f(t)/f(0), with f as below, falls more evenly than in the linear schedule, whose
+            # last quarter is almost pure noise. Then α_t = ᾱ_t/ᾱ_{t-1} = f(t)/f(t-1). The offset
+            # 0.008 keeps the first steps from being too small, the cap at 0.999 keeps ᾱ_T above 0.
+            share = torch.arange(T + 1, dtype=torch.float64) / T
+            f = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
             raise ValueError(f"unknown schedule {kind!r}; known are {', '.join(KINDS)}")
@@ -85,7 +88,7 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, betas, allow_signal: bool = False) -> "NoiseSchedule":
         """A schedule from T numbers in (0, 1), betas[0] being β_1. Raises as the class does."""
-        schedule = cls.__new__(cls)
+        schedule = cls.__new__(cls)  # without __init__, which would make betas of its own
         schedule._fill(torch.as_tensor(betas, dtype=torch.float64, device="cpu"), allow_signal)
         return schedule
 
@@ -112,8 +115,8 @@ class NoiseSchedule:
     #
     # where ε_t is standard normal noise. The first factor shrinks the image, the second adds noise.
     # The factors are matched: if a pixel of x_{t-1} has variance 1 (over images and noise), the
-    # same pixel of x_t again has variance 1, because (1-β_t)·1 + β_t = 1. Without the shrinking,
-    # values would grow from step to step.
+    # same pixel of x_t again has variance 1, because (1-β_t)·1 + β_t = 1. Any other variance moves
+    # towards 1. Without the shrinking, values would grow from step to step.
 
     def q_step(self, x_prev: torch.Tensor, t, eps: torch.Tensor) -> torch.Tensor:
         """Take one noisy step, x_{t-1} -> x_t.                                    [DDPM Eq. 2]
@@ -146,11 +149,12 @@ class NoiseSchedule:
     #
     # Proof by induction. For t = 0 it reads x₀ = x₀. If it holds for t-1, one more step gives
     #
-    #       x_t = √α_t (√ᾱ_{t-1} x₀ + √(1-ᾱ_{t-1}) ε) + √β_t ε_t
-    #           = √ᾱ_t x₀ + [ √α_t √(1-ᾱ_{t-1}) ε + √β_t ε_t ]
+    #       x_t = √α_t (√ᾱ_{t-1} x₀ + √(1-ᾱ_{t-1}) ε') + √β_t ε_t
+    #           = √ᾱ_t x₀ + [ √α_t √(1-ᾱ_{t-1}) ε' + √β_t ε_t ]
     #
-    # and the variance of the bracket is α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So the
-    # bracket is √(1-ᾱ_t) times standard normal noise, which is again called ε.
+    # where ε' is the noise of the first t-1 steps together. The variance of the bracket is
+    # α_t (1-ᾱ_{t-1}) + β_t = α_t - ᾱ_t + 1 - α_t = 1-ᾱ_t. So the bracket is √(1-ᾱ_t) times standard
+    # normal noise, and this noise is called ε.
     #
     # This is what makes training cheap: a noisy image of any level takes one line, not t steps.
 
@@ -193,29 +197,30 @@ class NoiseSchedule:
         return (xt - signal * x0) / noise
 
     def snr(self, t) -> torch.Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), float64, infinite at t = 0.        [VDM Eq. 2]"""
+        """Signal-to-noise ratio (SNR) ᾱ_t / (1-ᾱ_t), float64, infinite at t = 0.  [VDM Eq. 2]"""
         alpha_bar = self.alpha_bar[self._check(t, lowest=0)]
         return alpha_bar / (1 - alpha_bar)
 
     # ------------------------------------------ 4. One step back, if x₀ is known
     #
-    # To sample we need q(x_{t-1} | x_t). By Bayes' rule it contains q(x_{t-1}), and with it the
-    # unknown distribution of all digits. But q(x_{t-1} | x_t, x₀) can be computed, and in sampling
-    # a guess at x₀ takes the place of x₀. Bayes' rule says, for given x_t and x₀,
+    # To sample we need q(x_{t-1} | x_t). Bayes' rule would express it through q(x_{t-1}), the
+    # distribution of all digits with t-1 steps of noise, which is unknown. But q(x_{t-1} | x_t, x₀)
+    # can be computed, and in sampling a guess at x₀ takes the place of x₀. Bayes' rule says
     #
     #       q(x_{t-1} | x_t, x₀)  ∝  q(x_t | x_{t-1}) · q(x_{t-1} | x₀)
     #
-    # because x_t depends on x₀ only through x_{t-1}. Both factors are Gaussians that we know. Write
-    # y for x_{t-1}. As functions of y they multiply, for t ≥ 2 and up to a factor without y, to
-    # exp(-S/2) with
+    # The first factor need not mention x₀, because x_t depends on x₀ only through x_{t-1}; the
+    # constant that is left out is q(x_t | x₀), which contains no x_{t-1}. Both factors are Gaussians
+    # that we know. Write y for x_{t-1}. As functions of y they multiply, for t ≥ 2 and up to a
+    # factor without y, to exp(-S/2) with
     #
     #       S = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
     #         =   y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ]
     #           - 2y [ √α_t x_t/β_t + √ᾱ_{t-1} x₀/(1-ᾱ_{t-1}) ]  +  ...
     #
-    # where the dots contain no y. A Gaussian with mean μ̃ and variance β̃ has
-    # (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ... in the same place. Compare: the first bracket is 1/β̃_t.
-    # Over a common denominator its numerator is α_t (1-ᾱ_{t-1}) + β_t, which is 1-ᾱ_t, as above:
+    # where the dots contain no y. For a Gaussian with mean μ̃ and variance β̃, S would be
+    # (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ... So the first bracket is 1/β̃_t. Over a common denominator
+    # its numerator is α_t (1-ᾱ_{t-1}) + β_t, which is 1-ᾱ_t, as above:
     #
     #       1/β̃_t = (1-ᾱ_t) / [ β_t (1-ᾱ_{t-1}) ],   so   β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
     #
@@ -224,7 +229,7 @@ class NoiseSchedule:
     #       μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) · x₀  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) · x_t
     #
     # At t = 1 there is nothing to compute: x₀ is given, so the mean is x₀ and the variance 0. The
-    # two formulas say the same. With the variance β̃_t, then, the last step back adds no noise.
+    # two formulas say the same.
     #
     # Both methods below take an argument t_prev, which Part 3 needs to skip steps. On first reading
     # take it to be t - 1. By section 3, the steps t_prev + 1, ..., t amount to one step with
@@ -256,10 +261,11 @@ class NoiseSchedule:
         t = self._check(t, lowest=1)
         t_prev = t - 1 if t_prev is None else self._check(t_prev, lowest=0)
         beta = self.step_beta(t, t_prev)
+        alpha = 1 - beta
         v = 1 - self.alpha_bar[t]  # variance of the noise in x_t
         v_prev = 1 - self.alpha_bar[t_prev]  # and in x_{t_prev}
         x0_weight = self._match(self.alpha_bar[t_prev].sqrt() * beta / v, xt)
-        xt_weight = self._match((1 - beta).sqrt() * v_prev / v, xt)
+        xt_weight = self._match(alpha.sqrt() * v_prev / v, xt)
         mean = x0_weight * x0 + xt_weight * xt
         variance = self._match(beta * v_prev / v, xt)
         return mean, variance
@@ -272,8 +278,9 @@ class NoiseSchedule:
     #
     #       μ̃_t = 1/√α_t · ( x_t - β_t/√(1-ᾱ_t) · ε )
     #
-    # In words: remove a share of the noise, then undo the shrinking of step t. Here is why a network
-    # that names the noise is all that we need: train.py trains it, and sample.py steps back with it.
+    # In words: remove a share of the noise, then undo the shrinking of step t. So a network that
+    # predicts the noise in x_t is all that a step back needs. No method computes this form, but
+    # train.py builds the loss on it, and p_step in sample.py comes to the same mean.
 
     # --------------------------------------------- What the methods above have in common
 
