@@ -5,18 +5,19 @@ something that is not the code under test: a plain loop, an integral, or an iden
 
 How to read a test. `@given(schedules(), st.floats(-1, 1))` calls the function below it many times,
 each time with another schedule and another number between -1 and 1, which the library Hypothesis
-draws. If one of them breaks the law, it looks for the simplest that does and shows it.
+draws. If one of them breaks the law, Hypothesis looks for the simplest that does and shows it.
 
-Tolerances. All is float64, which rounds each result by up to u = 2.2e-16 of its size. A product of
-T factors is off by at most about T u, and 1 - alpha_bar, which is at least beta_1 >= 1e-5, by
-u / 1e-5 = 2.2e-11 relative; so are the factors of the posterior, which divide by it. Recovering x_0
-divides by sqrt(alpha_bar) >= 1e-4 and magnifies by as much. Each bound below is such an estimate,
-made 3 to 100 times wider.
+Tolerances. Everything is computed in float64, which rounds each result by up to u = 2.2e-16 of its
+size. A product of T factors is off by at most about T u. The relative error of 1 - alpha_bar, which
+is at least beta_1 >= 1e-5, is u / 1e-5 = 2.2e-11, and so is that of the factors of the posterior,
+which divide by it. Recovering x_0 divides by sqrt(alpha_bar) >= 1e-4 and magnifies the error by as
+much. Each bound below is such an estimate, made 3 to 100 times wider.
 
 Random tests allow a number of standard errors. A normal number is off by more than 5.5 of them with
 probability 3.8e-8, so a test of ten such numbers gives a false alarm less than once in a million.
 """
 
+import importlib
 import itertools
 import math
 import re
@@ -32,13 +33,14 @@ from strategies import FEW, SEED, normal, schedules, schedules_and_t
 
 SHIPPED = [NoiseSchedule(), NoiseSchedule(kind="cosine")]
 on_shipped = pytest.mark.parametrize("schedule", SHIPPED, ids=["linear", "cosine"])
-ONE, ZERO = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1,
-                                                                     dtype=torch.float64)
+ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+ZERO = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
 
 
 def close(a, b, tolerance: float) -> None:
     """|a - b| <= tolerance * max(1, |b|), element by element; no signs that could cancel."""
-    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    a = torch.as_tensor(a, dtype=torch.float64)
+    b = torch.as_tensor(b, dtype=torch.float64)
     worst = ((a - b).abs() / b.abs().clamp(min=1)).max().item()
     assert worst <= tolerance, f"off by {worst:.3g}, allowed {tolerance:.3g}"
 
@@ -70,6 +72,26 @@ def test_golden_end_of_the_default_schedule():
     assert abs(SHIPPED[0].alpha_bar[1000].item() / product - 1) < 1e-12
 
 
+def test_what_is_left_of_the_image_at_the_end():
+    """The default schedule leaves alpha_bar_1000 = 4.04e-5, which is 0.6 % of the image. The same
+    betas in 200 steps leave 36 %, which is refused; the limit is 2 %.
+
+    An error in the noise becomes 157 times as large in x_0 at t = 1000.
+    """
+    left = SHIPPED[0].alpha_bar[1000].item()
+    assert f"{left:.3g}" == "4.04e-05"
+    assert f"{math.sqrt(left):.1%}" == "0.6%"
+    few = NoiseSchedule(T=200, allow_signal=True)
+    assert f"{few.alpha_bar[200].sqrt().item():.0%}" == "36%"
+    with pytest.raises(ValueError, match="36.4% of the image is left"):
+        NoiseSchedule(T=200)
+    assert script.MAX_SIGNAL == 0.02
+
+    right = SHIPPED[0].predict_x0(ZERO, 1000, ZERO)
+    wrong = SHIPPED[0].predict_x0(ZERO, 1000, ONE)
+    assert f"{abs(wrong - right).item():.0f}" == "157"
+
+
 @given(schedules() | st.sampled_from(SHIPPED))
 def test_alpha_bar_is_the_product(schedule):
     """alpha_bar_t = (1 - beta_1) ... (1 - beta_t), by a plain loop; strictly falling in (0, 1]."""
@@ -90,7 +112,46 @@ def test_cosine_follows_the_squared_cosine():
     assert cosine.beta.max() == 0.999 and (cosine.beta == 0.999).sum() == 1
 
 
+def test_cosine_keeps_the_image_longer():
+    """At t = 750 the linear schedule has left 6 % of the image, the cosine 38 %. The offset makes
+    the first step 17 times as large; without the cap on beta nothing would be left at T.
+    """
+    for schedule, left in zip(SHIPPED, ("6%", "38%")):
+        assert f"{schedule.alpha_bar[750].sqrt().item():.0%}" == left
+    first_without_offset = 1 - math.cos(math.pi / 2 / 1000) ** 2
+    assert f"{SHIPPED[1].beta[1].item() / first_without_offset:.0f}" == "17"
+    assert math.cos(math.pi / 2) ** 2 < 1e-32
+
+
 # ------------------------------------------------- closed form against iterated noising, exactly
+
+@given(schedules_and_t())
+def test_one_step_keeps_unit_variance(drawn):
+    """q_step multiplies the image by g and the noise by s, and g^2 + s^2 = 1.
+
+    So a pixel of variance 1 has variance 1 again after the step.
+    """
+    schedule, t = drawn
+    g = schedule.q_step(ONE, t, ZERO).item()
+    s = schedule.q_step(ZERO, t, ONE).item()
+    close(g**2 + s**2, 1, 1e-15)
+
+
+@given(schedules(), SEED)
+def test_two_steps_written_out(schedule, seed):
+    """x_2 = sqrt(alpha_1 alpha_2) x_0 + sqrt(alpha_2 beta_1) eps_1 + sqrt(beta_2) eps_2 is what two
+    calls of q_step give, and alpha_2 beta_1 + beta_2 = 1 - alpha_1 alpha_2.
+    """
+    x0, eps1, eps2 = (normal(seed + k, 2, 1, 3, 3) for k in range(3))
+    beta1, beta2 = schedule.beta[1:3].tolist()
+    alpha1, alpha2 = 1 - beta1, 1 - beta2
+    x2 = (math.sqrt(alpha1 * alpha2) * x0 + math.sqrt(alpha2 * beta1) * eps1
+          + math.sqrt(beta2) * eps2)
+    x1 = schedule.q_step(x0, 1, eps1)
+    close(schedule.q_step(x1, 2, eps2), x2, 1e-14)
+    close(alpha2 * beta1 + beta2, 1 - alpha1 * alpha2, 1e-15)
+    close(schedule.q_sample(ZERO, 2, ONE).item() ** 2, 1 - alpha1 * alpha2, 1e-14)
+
 
 def iterated(schedule: NoiseSchedule) -> list[tuple[float, float]]:
     """(mean, variance) of x_t for x_0 = 1, t = 0..T, by composing single steps.
@@ -107,9 +168,11 @@ def iterated(schedule: NoiseSchedule) -> list[tuple[float, float]]:
 
 
 def compare_all_t(schedule: NoiseSchedule) -> None:
+    """q_sample against the moments of t single steps, for every t."""
+    tolerance = 1e-13 + 1e-14 * schedule.T
     for t, (mean, variance) in enumerate(iterated(schedule)):
-        close(schedule.q_sample(ONE, t, ZERO).item() / mean, 1, 1e-14 * schedule.T + 1e-13)
-        close(schedule.q_sample(ZERO, t, ONE).item() ** 2, variance, 1e-14 * schedule.T + 1e-13)
+        close(schedule.q_sample(ONE, t, ZERO).item() / mean, 1, tolerance)
+        close(schedule.q_sample(ZERO, t, ONE).item() ** 2, variance, tolerance)
 
 
 @given(schedules())
@@ -123,7 +186,7 @@ def test_closed_form_equals_iterated_noising(schedule):
 
 @on_shipped
 def test_closed_form_equals_iterated_noising_on_shipped_schedules(schedule):
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps in law, for both at T = 1000.
+    """x_t is distributed as sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, both at T = 1000.
 
     [DDPM Eq. 2] [DDPM Eq. 4]
     """
@@ -131,10 +194,12 @@ def test_closed_form_equals_iterated_noising_on_shipped_schedules(schedule):
 
 
 def compare_chains(schedule: NoiseSchedule, x0: float, seed: int, count: int) -> None:
+    """Mean and variance of many random chains, all begun at x0, against the closed form."""
     x = torch.full((count, 1, 1, 1), x0, dtype=torch.float64)
     for t in range(1, schedule.T + 1):
         x = schedule.q_step(x, t, normal(seed + t, count, 1, 1, 1))
-    mean, variance = schedule.alpha_bar[-1].sqrt().item() * x0, 1 - schedule.alpha_bar[-1].item()
+    mean = schedule.alpha_bar[-1].sqrt().item() * x0
+    variance = 1 - schedule.alpha_bar[-1].item()
     assert abs(x.mean().item() - mean) < 5.5 * math.sqrt(variance / count)
     assert abs(x.var().item() / variance - 1) < 5.5 * math.sqrt(2 / count)
 
@@ -167,18 +232,25 @@ def compare_jump(schedule: NoiseSchedule, s: int, t: int) -> None:
 
     And put after x_s of the closed form, they must give x_t of the closed form.
     """
-    mean, variance = 1.0, 0.0  # of x_t for x_s = 1
+    # Mean and variance of x_t, if x_s = 1.
+    mean = 1.0
+    variance = 0.0
     for k in range(s + 1, t + 1):
-        g, sigma = schedule.q_step(ONE, k, ZERO).item(), schedule.q_step(ZERO, k, ONE).item()
-        mean, variance = g * mean, g * g * variance + sigma * sigma
-    beta = schedule.step_beta(t, s).item()
+        g = schedule.q_step(ONE, k, ZERO).item()
+        sigma = schedule.q_step(ZERO, k, ONE).item()
+        mean = g * mean
+        variance = g * g * variance + sigma * sigma
+
     # Each is a product or sum of at most T rounded numbers, or 1 minus a quotient of two such.
     tolerance = 1e-14 + 1e-15 * schedule.T
+    beta = schedule.step_beta(t, s).item()
     close(mean**2, 1 - beta, tolerance)
     close(variance, beta, tolerance)
-    before = schedule.q_sample(ONE, s, ZERO).item(), schedule.q_sample(ZERO, s, ONE).item() ** 2
-    close(mean * before[0], schedule.q_sample(ONE, t, ZERO).item(), tolerance)
-    close(mean**2 * before[1] + variance, schedule.q_sample(ZERO, t, ONE).item() ** 2, tolerance)
+
+    mean_s = schedule.q_sample(ONE, s, ZERO).item()
+    variance_s = schedule.q_sample(ZERO, s, ONE).item() ** 2
+    close(mean * mean_s, schedule.q_sample(ONE, t, ZERO).item(), tolerance)
+    close(mean**2 * variance_s + variance, schedule.q_sample(ZERO, t, ONE).item() ** 2, tolerance)
 
 
 @given(schedules(), st.data())
@@ -188,7 +260,8 @@ def test_any_two_jumps_compose(schedule, data):
     And the steps from s to t are one step of beta = step_beta(t, s).
     """
     t = data.draw(st.integers(1, schedule.T))
-    compare_jump(schedule, data.draw(st.integers(0, t - 1)), t)
+    s = data.draw(st.integers(0, t - 1))
+    compare_jump(schedule, s, t)
 
 
 @on_shipped
@@ -202,7 +275,9 @@ def test_jumps_compose_on_shipped_schedules(schedule):
 
 
 def compare_two_jumps(schedule: NoiseSchedule, r: int, s: int, t: int) -> None:
-    first, second, both = (schedule.step_beta(*jump).item() for jump in ((s, r), (t, s), (t, r)))
+    first = schedule.step_beta(s, r).item()
+    second = schedule.step_beta(t, s).item()
+    both = schedule.step_beta(t, r).item()
     tolerance = 1e-14 + 1e-15 * schedule.T
     close(1 - both, (1 - first) * (1 - second), tolerance)
     close(both, (1 - second) * first + second, tolerance)
@@ -215,8 +290,9 @@ def test_jumps_are_associative(schedule, data):
     A jump of b = step_beta keeps 1 - b of the variance that was there and adds b. So
     1 - b(t,r) = (1 - b(s,r)) (1 - b(t,s)), and b(t,r) = (1 - b(t,s)) b(s,r) + b(t,s).
     """
-    compare_two_jumps(schedule, *sorted(data.draw(st.lists(
-        st.integers(0, schedule.T), min_size=3, max_size=3, unique=True))))
+    three = st.lists(st.integers(0, schedule.T), min_size=3, max_size=3, unique=True)
+    r, s, t = sorted(data.draw(three))
+    compare_two_jumps(schedule, r, s, t)
 
 
 @on_shipped
@@ -250,11 +326,13 @@ def test_posterior_leads_back_into_the_forward_process(drawn, data):
     variance = 1 - alpha_bar_s. For s = t-1 and for any smaller s.
     """
     schedule, t = drawn
-    for s in (None, data.draw(st.integers(0, t - 1))):
+    now = schedule.alpha_bar[t]
+    for s in (t - 1, data.draw(st.integers(0, t - 1))):
+        then = schedule.alpha_bar[s]
         c0, ct, variance = posterior_weights(schedule, t, s)
-        alpha_bar, before = schedule.alpha_bar[t], schedule.alpha_bar[t - 1 if s is None else s]
-        close(c0 + ct * alpha_bar.sqrt(), before.sqrt(), 1e-10)
-        close(ct**2 * (1 - alpha_bar) + variance, 1 - before, 1e-10)
+        close(c0 + ct * now.sqrt(), then.sqrt(), 1e-10)
+        close(ct**2 * (1 - now) + variance, 1 - then, 1e-10)
+    assert posterior_weights(schedule, t) == posterior_weights(schedule, t, t - 1)
 
 
 @given(schedules_and_t(), SEED)
@@ -273,7 +351,8 @@ def test_both_forms_of_the_posterior_mean_agree(drawn, seed):
 
 def compare_with_bayes(schedule: NoiseSchedule, t: int, x0: float, xt: float) -> None:
     """q_posterior against the product of two densities on a fine grid, by summation."""
-    beta, before = schedule.beta[t].item(), schedule.alpha_bar[t - 1].item()
+    beta = schedule.beta[t].item()
+    before = schedule.alpha_bar[t - 1].item()
     # Both densities as functions of y = x_{t-1}: q(x_t | y) has its top at a and the variance va,
     # q(y | x_0) has b and vb. Their product is narrower than each, which tells where to put the
     # grid: 12 standard deviations around, 120 points in each. A sum over so fine a grid equals the
@@ -332,8 +411,12 @@ def half_a_digit(number: str) -> float:
 
 
 def test_golden_ratio_of_the_two_variances():
-    """beta/beta_tilde of the default schedule at t = 2, 10, 100, 1000, computed elsewhere."""
+    """beta/beta_tilde of the default schedule at t = 2, 10, 100, 1000, computed elsewhere.
+
+    So beta exceeds beta_tilde by 17 % at t = 10 and by 2 % at t = 100; it falls all the way.
+    """
     ratio = SHIPPED[0].beta / SHIPPED[0].beta_tilde
+    assert (ratio[3:] < ratio[2:-1]).all()
     for t, golden in ((2, "2.1991"), (10, "1.1725"), (100, "1.0184"), (1000, "1.0000008")):
         assert abs(ratio[t].item() - float(golden)) < half_a_digit(golden)
 
@@ -380,9 +463,10 @@ def test_all_these_laws_hold_at_every_t_of_the_shipped_schedules(schedule):
     1 - alpha_bar_t is off by about u relative to alpha_bar_{t-1}: t u/(1 - alpha_bar_t) < 1e-11.
     """
     t = torch.arange(1, 1001)
-    ones, zeros = torch.ones(1000, 1, 1, 1, dtype=torch.float64), torch.zeros(
-        1000, 1, 1, 1, dtype=torch.float64)
-    alpha_bar, before = schedule.alpha_bar[1:], schedule.alpha_bar[:-1]
+    ones = ONE.expand(1000, 1, 1, 1)
+    zeros = ZERO.expand(1000, 1, 1, 1)
+    alpha_bar = schedule.alpha_bar[1:]
+    before = schedule.alpha_bar[:-1]  # alpha_bar of the step before
     c0, variance = (v.flatten() for v in schedule.q_posterior(ones, zeros, t))
     ct = schedule.q_posterior(zeros, ones, t)[0].flatten()
     close(c0 + ct * alpha_bar.sqrt(), before.sqrt(), 1e-11)
@@ -415,6 +499,7 @@ def test_all_these_laws_hold_at_every_t_of_the_shipped_schedules(schedule):
 # v, v' the integral is (r - 1 - ln r)/2 + (m - m')^2/(2 v'), with r = v/v'.
 
 def log_density(y: torch.Tensor, mean: float, variance: float) -> torch.Tensor:
+    """Logarithm of the density of N(mean, variance) at y."""
     return -(y - mean) ** 2 / (2 * variance) - math.log(2 * math.pi * variance) / 2
 
 
@@ -437,7 +522,8 @@ def test_term_of_the_bound_is_a_weighted_error_of_the_noise(drawn, x0, eps, eps_
     y = exact + math.sqrt(variance) * torch.linspace(-12, 12, 2401, dtype=torch.float64)
     log_q = log_density(y, exact, variance)
     integral = (log_q.exp() * (log_q - log_density(y, guess, sigma2))).sum() * (y[1] - y[0])
-    beta, alpha_bar = schedule.beta[t].item(), schedule.alpha_bar[t].item()
+    beta = schedule.beta[t].item()
+    alpha_bar = schedule.alpha_bar[t].item()
     weight = beta**2 / (2 * sigma2 * (1 - beta) * (1 - alpha_bar))
     spread = (1 / ratio - 1 + math.log(ratio)) / 2
     close(integral, weight * (eps - eps_hat) ** 2 + spread, 2e-9)
@@ -504,7 +590,8 @@ def test_price_of_another_variance(lam, variance, golden):
     [DDPM section 3.2] Nats per pixel over the steps t = 2..1000 of the default schedule. The golden
     numbers were computed elsewhere and are compared to the last digit given.
     """
-    schedule, exact = SHIPPED[0], exact_step(SHIPPED[0], lam)
+    schedule = SHIPPED[0]
+    exact = exact_step(schedule, lam)
     chosen = getattr(schedule, variance)
 
     def sigma2(t):
@@ -540,19 +627,21 @@ def test_each_image_has_its_own_t(batch, seed):
 def test_float32_factors_are_rounded_once(schedule):
     """For images in float32 the factors are those of float64, cast at the end: off by 6e-8.
 
-    The difference 1 - alpha_bar_1 = 1e-4 taken in float32 would be off by 3e-4.
+    The difference 1 - alpha_bar_1 = 1e-4 taken in float32 would be off by 0.02 % of itself.
     """
+    in_float32 = 1 - torch.tensor(1 - 1e-4, dtype=torch.float32)
+    assert f"{abs(in_float32.item() / 1e-4 - 1):.2%}" == "0.02%"
     one, zero = ONE.float(), ZERO.float()
     for t in (1, 2, 3, 10, 500, 998):
+        pairs = []  # the factor in float64, and in float32
         for method in (schedule.q_step, schedule.q_sample):
-            for pair, pair32 in (((ONE, ZERO), (one, zero)), ((ZERO, ONE), (zero, one))):
-                exact = method(pair[0], t, pair[1]).item()
-                assert abs(method(pair32[0], t, pair32[1]).item() - exact) <= 6e-8 * exact
-        for k, pair in enumerate(((one, zero), (zero, one))):
-            weight, variance = schedule.q_posterior(*pair, t)
-            exact = posterior_weights(schedule, t)
-            assert abs(weight.item() - exact[k]) <= 6e-8 * exact[k]
-            assert abs(variance.item() - exact[2]) <= 6e-8 * exact[2]
+            pairs.append((method(ONE, t, ZERO), method(one, t, zero)))
+            pairs.append((method(ZERO, t, ONE), method(zero, t, one)))
+        pairs += zip(schedule.q_posterior(ONE, ZERO, t), schedule.q_posterior(one, zero, t))
+        pairs += zip(schedule.q_posterior(ZERO, ONE, t), schedule.q_posterior(zero, one, t))
+        for exact, rounded in pairs:
+            assert rounded.dtype == torch.float32
+            assert abs(rounded.item() - exact.item()) <= 6e-8 * exact.item()
 
 
 @pytest.mark.parametrize("make, message", [
@@ -580,33 +669,37 @@ def test_schedules_that_cannot_work_are_refused(make, message):
 def test_advice_on_leftover_signal_works():
     """Following the advice makes the schedule acceptable; allow_signal accepts it as it is.
 
-    The limit is sqrt(alpha_bar_T) = 0.02: betas a little larger than advised pass, smaller fail.
+    The limit is sqrt(alpha_bar_T) = 0.02. Betas a little larger than advised leave less and are
+    accepted; smaller ones leave more and are refused.
     """
     assert NoiseSchedule(T=200, allow_signal=True).alpha_bar[-1].sqrt() > 0.3
     with pytest.raises(ValueError) as error:
         NoiseSchedule(T=200)
     factor = float(re.search(r"about ([0-9.]+) times", str(error.value))[1])
     for scale, accepted in ((1.05, True), (0.9, False)):
-        betas = 1e-4 * factor * scale, 0.02 * factor * scale
-        left = NoiseSchedule(200, "linear", *betas, allow_signal=True).alpha_bar[-1].sqrt()
+        ends = {"beta_start": 1e-4 * factor * scale, "beta_end": 0.02 * factor * scale}
+        left = NoiseSchedule(T=200, **ends, allow_signal=True).alpha_bar[-1].sqrt()
         assert (left < 0.02) == accepted
         if accepted:
-            NoiseSchedule(200, "linear", *betas)
+            NoiseSchedule(T=200, **ends)
         else:
             with pytest.raises(ValueError, match="is left"):
-                NoiseSchedule(200, "linear", *betas)
+                NoiseSchedule(T=200, **ends)
     NoiseSchedule(T=780)  # 1.9 %; with T = 770, above, it is 2.03 %
     NoiseSchedule(T=200, kind="cosine")
 
 
 def test_impossible_arguments_are_errors():
     """No t wraps around, no noise is sought in a clean image, no image of bytes is used."""
-    schedule, x = SHIPPED[0], normal(0, 2, 1, 4, 4)
+    schedule = SHIPPED[0]
+    x = normal(0, 2, 1, 4, 4)
     for t in (-1, 1001, torch.tensor([1, 1001])):
         for method in (schedule.q_step, schedule.q_sample, schedule.predict_x0,
-                       schedule.predict_eps, schedule.q_posterior):
+                       schedule.predict_eps):
             with pytest.raises(ValueError, match="t must lie in"):
-                method(x, x, t) if method == schedule.q_posterior else method(x, t, x)
+                method(x, t, x)
+        with pytest.raises(ValueError, match="t must lie in"):
+            schedule.q_posterior(x, x, t)
         with pytest.raises(ValueError, match="t must lie in"):
             schedule.snr(t)
     for method in (schedule.q_step, schedule.predict_eps):
@@ -627,26 +720,74 @@ def test_impossible_arguments_are_errors():
             schedule.q_sample(x, t, x)
 
 
+def numbers(line: str) -> list[float]:
+    """The numbers of a line of a printed table."""
+    return [float(word) for word in line.split()]
+
+
 def test_script_prints_table_and_comparison(capsys):
     """python schedule.py shows t = 0, 1 and T, and refuses a T that leaves the image visible."""
     script.main([])
     lines = capsys.readouterr().out.splitlines()
+
+    # The table: a line of titles, then t = 0, which has no decibels, then t = 1, 100, ..., 1000.
     assert lines[1].split()[:3] == ["0", "0.000000", "1"] and "inf" in lines[1]
     assert lines[12].split()[:3] == ["1000", "0.020000", "4.036e-05"]
-    for row in ([float(word) for word in line.split()] for line in lines[2:13]):
-        t, beta, alpha_bar, decibel, beta_tilde = row
-        signal = math.prod(1 - b for b in SHIPPED[0].beta[1:int(t) + 1].tolist())
-        before = signal / (1 - SHIPPED[0].beta[int(t)].item())
+    betas = SHIPPED[0].beta.tolist()
+    for line in lines[2:13]:
+        t, beta, alpha_bar, decibel, beta_tilde = numbers(line)
+        signal = math.prod(1 - b for b in betas[1:int(t) + 1])
+        before = math.prod(1 - b for b in betas[1:int(t)])
+        assert abs(alpha_bar / signal - 1) < 1e-3
         assert abs(decibel - 10 * math.log(signal / (1 - signal), 10)) < 0.051
         assert abs(beta_tilde - beta * (1 - before) / (1 - signal)) < 1.1e-6
-    rows = [[float(word) for word in line.split()] for line in lines[-5:]]
-    assert [row[0] for row in rows] == [200, 400, 600, 800, 1000]
-    # The script's seed is fixed, so this cannot fail by chance.
-    for t, mean, closed_mean, std, closed_std in rows:  # 20,000 chains: 4.5 standard errors
-        alpha_bar = math.prod(1 - b for b in SHIPPED[0].beta[1:int(t) + 1].tolist())
+
+    # The comparison. The script's seed is fixed, so this cannot fail by chance; with 20,000 chains
+    # 4.5 standard errors are allowed.
+    assert "20,000 chains" in lines[14]
+    assert [numbers(line)[0] for line in lines[16:]] == [200, 400, 600, 800, 1000]
+    for line in lines[16:]:
+        t, mean, closed_mean, std, closed_std = numbers(line)
+        alpha_bar = math.prod(1 - b for b in betas[1:int(t) + 1])
         assert abs(closed_mean - alpha_bar**0.5 / 2) < 1e-4
         assert abs(closed_std - (1 - alpha_bar) ** 0.5) < 1e-4
-        assert abs(mean - closed_mean) < 0.032 and abs(std - closed_std) < 0.023
+        assert abs(mean - closed_mean) < 0.032
+        assert abs(std - closed_std) < 0.023
+
     with pytest.raises(SystemExit) as exit_:
         script.main(["--T", "100"])
     assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("name, options, defaults", [
+    ("schedule", "--T --kind", "1000, linear"),
+    ("train", "--epochs --batch-size --lr --dataset --resume --quick", "15, 128, 0.003, mnist"),
+    ("sample", "--seeds --sampler --eta --variance --steps --no-clip --checkpoint --out --gif",
+     "0-31, ddpm, 0.0, beta_tilde, auto"),
+    ("plots", "--checkpoint --out --device", "auto")])
+def test_help_shows_usage_and_defaults(name, options, defaults, capsys, monkeypatch):
+    """--help of each script shows the usage, then each option; if the option takes a value, its
+    default stands beside it. A mistake is answered in one line, without all that.
+    """
+    monkeypatch.setenv("COLUMNS", "1000")  # so that no text is broken into lines
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as exit_:
+        module.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ")
+    for default in defaults.split(", "):
+        assert f"(default: {default})" in text
+
+    # From the name of each option to what is said about it.
+    shown = {"-" + entry.split()[0]: entry for entry in text.split("\n  -")[1:]}
+    assert set(options.split()) <= set(shown)
+    # A flag such as --resume takes no value; and without --gif no animation is written.
+    without = {option for option, entry in shown.items() if "(default: " not in entry}
+    assert without <= {"-h,", "--resume", "--quick", "--no-clip", "--gif"}
+
+    for mistake in (["--colour"], ["--device"]):
+        with pytest.raises(SystemExit) as exit_:
+            module.main(mistake)
+        assert exit_.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
