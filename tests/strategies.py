@@ -1,8 +1,8 @@
 """What the tests draw: schedules, steps, and tensors made from drawn integer seeds.
 
-Hypothesis does not know of torch's generators. So it draws an integer, a generator is made of it,
-and the generator makes the tensors: the same integer always gives the same tensors, and a failing
-example can be replayed and shrunk.
+Hypothesis does not know torch's generators. So it draws an integer, which seeds a generator, which
+makes the tensors: the same integer always gives the same tensors, and a failing example can be
+replayed and shrunk.
 """
 
 import struct
@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from schedule import NoiseSchedule
 
 SEED = st.integers(0, 2**32 - 1)
-FEW = settings(max_examples=settings.default.max_examples // 5)  # for laws that take long to check
+# For laws that take long to check.
+FEW = settings(max_examples=settings.default.max_examples // 5)
 
 
 @st.composite
 def schedules(draw, max_T: int = 40) -> NoiseSchedule:
-    """Any betas in [1e-5, 0.5], as long as some signal is left: alpha_bar_T >= 1e-8."""
+    """Any betas in [1e-5, 0.5], as long as some signal is left at the end: alpha_bar_T >= 1e-8."""
     betas = draw(st.lists(st.floats(1e-5, 0.5), min_size=2, max_size=max_T))
     schedule = NoiseSchedule.from_betas(betas, allow_signal=True)
     assume(schedule.alpha_bar[-1] >= 1e-8)
@@ -40,7 +41,7 @@ def normal(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
 
 
 def pictures(count: int, size: int = 28, seed: int = 0) -> torch.Tensor:
-    """uint8 (count, 1, size, size): a white rectangle on black in each, somewhere."""
+    """uint8 (count, 1, size, size): in each, a white rectangle somewhere on black."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.zeros(count, 1, size, size, dtype=torch.uint8)
     for image in images:
@@ -51,21 +52,28 @@ def pictures(count: int, size: int = 28, seed: int = 0) -> torch.Tensor:
 
 
 def same_state(a: Path, b: Path) -> bool:
-    """Whether two model files hold the same but for the seconds that it took."""
+    """Whether two model files hold the same, apart from the seconds that the runs took."""
     def equal(x, y) -> bool:
         if isinstance(x, dict):
-            keys = [k for k in x if k != "seconds"]
-            return keys == [k for k in y if k != "seconds"] and all(equal(x[k], y[k]) for k in keys)
+            keys = [key for key in x if key != "seconds"]
+            if keys != [key for key in y if key != "seconds"]:
+                return False
+            return all(equal(x[key], y[key]) for key in keys)
         if isinstance(x, list | tuple):
             return len(x) == len(y) and all(map(equal, x, y))
-        return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        if isinstance(x, torch.Tensor):
+            return torch.equal(x, y)
+        return x == y
 
-    return equal(*(torch.load(path, weights_only=True) for path in (a, b)))
+    return equal(torch.load(a, weights_only=True), torch.load(b, weights_only=True))
 
 
 def write_mnist(folder: Path, images: torch.Tensor, labels: torch.Tensor,
                 splits: tuple[str, ...] = ("train", "t10k")) -> None:
-    """Write images and labels as both splits of MNIST, or one, in its own file format (IDX)."""
+    """Write images and labels as both splits of MNIST, or as one, in its own file format (IDX).
+
+    images, labels  uint8 (N, 1, H, W) and integers (N,)
+    """
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for split in splits:

@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageChops
 
+import train
 from tests.experiments import glyphs
 from tests.experiments.glyphs import GLYPHS, SIZE, draw_glyphs, software, tile
 
@@ -64,6 +65,15 @@ def test_tiles_are_put_in_rows():
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).repeat(1, 1, 2, 2)
     small = numpy.array(tile(images, columns=3))[::2, ::2]
     assert small.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_command_shows_built_in_digits(tmp_path):
+    """400 of them, in 20 rows, and the first is the first of train.builtin_digits."""
+    glyphs.main(["--sample", str(tmp_path / "digits.png")])
+    with Image.open(tmp_path / "digits.png") as picture:
+        pixels = torch.from_numpy(numpy.array(picture))
+    assert pixels.shape == (20 * 28, 20 * 28)
+    assert torch.equal(pixels[:28, :28], train.builtin_digits(400, seed=0)[0][0, 0])
 
 
 def test_command_draws_the_same_picture_again(tmp_path, monkeypatch, capsys):
