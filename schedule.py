@@ -209,8 +209,8 @@ class NoiseSchedule:
     #
     #       q(x_{t-1} | x_t, x₀)  ∝  q(x_t | x_{t-1}) · q(x_{t-1} | x₀)
     #
-    # The first factor need not mention x₀, because x_t depends on x₀ only through x_{t-1}; the
-    # constant that is left out is q(x_t | x₀), which contains no x_{t-1}. Both factors are Gaussians
+    # The first factor need not mention x₀, because x_t depends on x₀ only through x_{t-1}. The
+    # constant left out is 1 / q(x_t | x₀), which contains no x_{t-1}. Both factors are Gaussians
     # that we know. Write y for x_{t-1}. As functions of y they multiply, for t ≥ 2 and up to a
     # factor without y, to exp(-S/2) with
     #

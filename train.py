@@ -9,23 +9,26 @@
 WHAT TO EXPECT. The loss is the mean squared error of the predicted noise. It starts at 1, because
 an untrained network answers 0 and the noise has variance 1. It falls below 0.1 within a hundred
 steps and then ever more slowly. It never reaches 0, because no one can tell exactly which part of
-a noisy image is noise. After 15 epochs (69 minutes on two CPU cores) it is 0.0215. What is learned
-late changes only the third and fourth decimal place, but it turns strokes into numerals.
+a noisy image is noise. In epoch 15 (after 69 minutes on two CPU cores) the training loss is 0.0215.
+What is learned late changes only the third and fourth decimal place, but it turns strokes into
+numerals.
 
 WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
 
-    model.pt     what sample.py needs: the averaged weights, the options, the losses so far
+    model.pt     what sample.py needs: the averaged weights (a moving average over the steps), the
+                 sizes of the network, the noise schedule, the options, the losses so far
     last.pt      what --resume needs: all of model.pt, and the weights in training, the state of
-                 Adam and of the random generator, the order of the images in this epoch
+                 Adam (the optimiser) and of the random generator, the order of the images
     epoch-N.pt   the averaged weights after epoch N, in half precision, to look back at
 
-All are written at the end of each epoch. Ctrl-C finishes the step under way and writes the first
-two. An epoch also prints one line: its training loss, the held-out loss (see evaluate), and beside
-them the training loss that the blog published for this epoch (README.md names the blog).
+All are written at the end of each epoch, the first two also after the very first step. Ctrl-C
+finishes the step under way and writes the first two. An epoch (one pass over the images) prints one
+line: its training loss, the loss on images that are held out (see evaluate), and beside them the
+training loss that the blog, whose figures this project redraws, published for this epoch.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images,
-the model files, several processes, signals, the command line.
+the model files, several processes, signals, options and the command line.
 
 The notation is that of schedule.py. Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma
 et al. 2021, arXiv 2107.00630.
@@ -56,7 +59,9 @@ from unet import UNet, pick_device, prepare_device
 
 HERE = Path(__file__).resolve().parent
 
-# The blog's training loss in epochs 1 to 15, each the mean over the steps of the epoch.
+# The blog's training loss in epochs 1 to 15, each the mean over the steps of the epoch. Ours ends
+# at a third of it, with the same images, noise levels and number of parameters: the network of
+# unet.py and a higher learning rate that falls make the difference.
 BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0716, 0.0693,
              0.0686, 0.0670, 0.0644, 0.0632, 0.0619)
 
@@ -68,64 +73,41 @@ DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
 QUICK = {"epochs": 1, "batch_size": 32, "lr": 4e-3, "images": 22_400, "val_images": 2_000}
 
 
-def text(default: str, meaning: str) -> Any:
-    """An option of Config that is any text, such as the name of a folder."""
+def option(default: Any, meaning: str) -> Any:
+    """A field of Config with its default and its line in --help."""
     return field(default=default, metadata={"help": meaning})
-
-
-def choice(default: str, names, meaning: str) -> Any:
-    """An option of Config that is one of several names."""
-    return field(default=default, metadata={"help": f"{meaning}: {', '.join(names)}",
-                                            "names": names})
-
-
-def number(default: float, low: float, high: float, meaning: str) -> Any:
-    """An option of Config that is a number from low to high."""
-    return field(default=default, metadata={"help": meaning, "limits": (low, high)})
 
 
 @dataclass
 class Config:
     """The options of a training run; the command line is made from it.
 
-    Raises ValueError if an option has a value that it cannot have.
+    Raises ValueError if an option has a value that it cannot have, see check_options.
     """
 
     # What to compute. These are saved with the model, and a resumed run keeps them.
-    dataset: str = choice("mnist", DATASETS, "what to learn")
-    epochs: int = number(15, 1, 10**6, "passes over the training images")
-    batch_size: int = number(128, 1, 10**6, "images per step")
-    lr: float = number(3e-3, 1e-9, 1, "highest learning rate of Adam")
-    warmup: float = number(0.04, 0, 1, "share of the steps in which the learning rate rises")
-    ema: float = number(0.999, 0, 0.999999, "highest decay of the averaged weights, per step")
-    clip: float = number(1.0, 1e-9, math.inf, "greatest length of the gradient")
-    T: int = number(1000, 2, 10**6, "noisy steps")
-    schedule: str = choice("linear", KINDS, "noise schedule")
-    seed: int = number(0, 0, 2**63 - 1, "seed of the weights, the image order and all noise")
-    images: int = number(0, 0, 10**9, "train on the first N images only; 0 takes all")
-    val_images: int = number(0, 0, 10**6, "hold out the last N training images, not the test set")
+    dataset: str = option("mnist", f"what to learn: {', '.join(DATASETS)}")
+    epochs: int = option(15, "passes over the training images")
+    batch_size: int = option(128, "images per step")
+    lr: float = option(3e-3, "highest learning rate of Adam")
+    warmup: float = option(0.04, "share of the steps in which the learning rate rises")
+    ema: float = option(0.999, "highest decay of the averaged weights, per step")
+    clip: float = option(1.0, "greatest length of the gradient")
+    T: int = option(1000, "noisy steps")
+    schedule: str = option("linear", f"noise schedule: {', '.join(KINDS)}")
+    seed: int = option(0, "seed of the weights, the image order and all noise")
+    images: int = option(0, "train on the first N images only; 0 takes all")
+    val_images: int = option(0, "hold out the last N training images, not the test set")
 
     # Where to compute it. These are not saved, because another machine has other folders.
-    data: str = text(str(HERE / "data"), "folder with MNIST/raw, or one of images for each class")
-    out: str = text("", "folder for the model files; if empty, runs/DATASET[-IMAGES]")
-    device: str = text("auto", "cuda, mps or cpu; auto takes the first that is there")
+    data: str = option(str(HERE / "data"), "folder with MNIST/raw, or one of images for each class")
+    out: str = option("", "folder for the model files; if empty, runs/DATASET[-IMAGES]")
+    device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
     def __post_init__(self):
-        for option in fields(self):
-            name = option.name
-            value = getattr(self, name)
-            if "names" in option.metadata and value not in option.metadata["names"]:
-                names = ", ".join(option.metadata["names"])
-                raise ValueError(f"unknown {name} {value!r}; known are {names}")
-            if "limits" in option.metadata:
-                low, high = option.metadata["limits"]
-                if not low <= value <= high:  # NaN fails, too
-                    raise ValueError(f"{name} must be between {low} and {high}, not {value}")
-
+        check_options(self)
         if not self.out:
-            self.out = str(HERE / "runs" / self.dataset)
-            if self.images:
-                self.out += f"-{self.images}"
+            self.out = default_folder(self)
 
     @property
     def like_blog(self) -> bool:
@@ -140,48 +122,54 @@ class Config:
 # p_θ(x₀) large for the images x₀ of the training set (maximum likelihood). Our model produces a
 # digit backwards, from noise to image:
 #
-#       p(x_T) = N(0, 1)          p_θ(x_{t-1} | x_t) = N(x_{t-1}; μ_θ(x_t, t), σ_t²)
+#       p(x_T) = N(x_T; 0, 1)     p_θ(x_{t-1} | x_t) = N(x_{t-1}; μ_θ(x_t, t), σ_t²)
+#
+#       p_θ(x₀, ..., x_T) = p(x_T) · p_θ(x_{T-1} | x_T) ··· p_θ(x₀ | x₁)
 #
 # The network provides the mean μ_θ. The variance σ_t² is fixed beforehand; sample.py says how. A
-# Gaussian is the right form for a step back if β_t is small: x_t then confines x_{t-1} to so narrow
-# a range that the distribution of digits hardly varies within it, and only the Gaussian noise of
-# the one step is left. The three steps below lead from p_θ(x₀) to a plain squared error.
+# Gaussian is the right form for a step back if β_t is small. Then x_{t-1} must lie close to x_t. In
+# so small a region log q(x_{t-1}) is nearly a straight line, and by Bayes' rule q(x_{t-1}|x_t) is
+# the Gaussian factor q(x_t|x_{t-1}), only shifted a little. Three steps lead from here to a plain
+# squared error.
 #
 # First step: a bound. p_θ(x₀) is an integral over every path x₁, ..., x_T that ends at x₀, which no
-# one can compute. But it can be written as an average over the paths of the forward process q:
+# one can compute. Multiplied and divided by q(x₁, ..., x_T | x₀), it becomes an average over the
+# paths of the forward process, which we can draw:
 #
 #       p_θ(x₀) = ∫ p_θ(x₀, ..., x_T) dx₁ ... dx_T
 #               = E_q[ p_θ(x₀, ..., x_T) / q(x₁, ..., x_T | x₀) ]
 #
-# By Jensen's inequality, -log of an average is at most the average of -log. Hence
+# By Jensen's inequality (-log is convex), -log of an average is at most the average of -log. Hence
 #
 #       -log p_θ(x₀) ≤ E_q[ log q(x₁, ..., x_T | x₀) - log p_θ(x₀, ..., x_T) ]       [DDPM Eq. 3]
 #
 # The right side can be estimated: draw a path by adding noise, and evaluate both logarithms.
 #
-# Second step: the bound is a sum over t. Both densities are products over the steps,
-# q(x₁, ..., x_T | x₀) = Π q(x_t|x_{t-1}) and p_θ(x₀, ..., x_T) = p(x_T) Π p_θ(x_{t-1}|x_t), so the
-# logarithms are sums. Bayes' rule turns each step of q around, for t ≥ 2:
+# Second step: the bound is a sum over t. Both densities are products over the steps (for q it is
+# q(x₁|x₀) ··· q(x_T|x_{T-1})), so their logarithms are sums. Since x_t depends on x₀ only through
+# x_{t-1}, a factor of q may also be written q(x_t | x_{t-1}, x₀), and Bayes' rule turns it around:
 #
-#       q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x₀) · q(x_t | x₀) / q(x_{t-1} | x₀)
+#       q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x₀) · q(x_t | x₀) / q(x_{t-1} | x₀)      for t ≥ 2
 #
-# Multiplied over t = 2..T, the fractions at the end cancel one another except for
-# q(x_T|x₀) / q(x₁|x₀), and the missing factor of t = 1, q(x₁|x₀), cancels this denominator. What
-# remains compares q and p step by step. The measure is the Kullback-Leibler divergence,
-# KL(q ‖ p) = E_q[log q - log p], which is 0 if q = p and positive otherwise:
+# In the product over t = 2..T the fractions q(x_t|x₀) / q(x_{t-1}|x₀) telescope: each denominator
+# cancels the numerator before it, and q(x_T|x₀) / q(x₁|x₀) is left. The factor of t = 1 is q(x₁|x₀)
+# and cancels this denominator. What remains compares q and p step by step. The measure is the
+# Kullback-Leibler divergence, KL(q ‖ p) = E_q[log q - log p], 0 if q = p and positive otherwise:
 #
-#         KL( q(x_T | x₀) ‖ p(x_T) )                             the end, against pure noise
-#       + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )    each learned step, against the
+#         KL( q(x_T | x₀) ‖ p(x_T) )                             the last noisy image, against noise
+#       + Σ_{t≥2} KL( q(x_{t-1}|x_t, x₀) ‖ p_θ(x_{t-1}|x_t) )    each learned step back, against the
 #                                                                exact one, q_posterior
-#       - log p_θ(x₀ | x₁)                                       the last step        [DDPM Eq. 5]
+#       - log p_θ(x₀ | x₁)                                       the last step back   [DDPM Eq. 5]
 #
-# Each line is averaged over q. The first contains no weights, so training cannot change it.
+# A KL of steps still depends on x_t, the last line on x₁: these are drawn from q, given x₀, and the
+# lines averaged over them. The first line contains no weights, so training cannot change it.
 #
 # Third step: each KL is a squared error. The exact step back has mean μ̃_t and variance β̃_t. In
-# E_q[log q - log p_θ] only -log p_θ depends on θ. For each pixel it is (x_{t-1} - μ_θ)² / 2σ_t²
-# plus a constant, and the average of the square is β̃_t + (μ̃_t - μ_θ)². Summed over the pixels:
+# E_q[log q - log p_θ] only -log p_θ depends on θ. For each pixel it is (x_{t-1} - μ_θ)² / (2σ_t²)
+# plus a constant. Averaged over x_{t-1}, a square is the variance plus the squared distance of the
+# means: β̃_t + (μ̃_t - μ_θ)². Summed over the pixels (‖·‖² is such a sum of squares):
 #
-#       KL = ‖μ̃_t - μ_θ‖² / 2σ_t² + constant                                          [DDPM Eq. 8]
+#       KL = ‖μ̃_t - μ_θ‖² / (2σ_t²) + constant                                        [DDPM Eq. 8]
 #
 # schedule.py writes μ̃_t with x_t and the noise ε [DDPM Eq. 11]. Let μ_θ be the same formula, with
 # the network's guess ε_θ(x_t, t) in place of ε. Then x_t cancels in the difference, which is
@@ -189,20 +177,26 @@ class Config:
 #
 #       β_t² / (2 σ_t² α_t (1-ᾱ_t)) · ‖ε - ε_θ(x_t, t)‖²                             [DDPM Eq. 12]
 #
-# Up to a constant the last step has the same form, if σ_1² > 0. So to maximise the bound on the
-# likelihood, let the network name the noise. DDPM goes one step further and drops the factor:
+# The last step back has the same form: -log p_θ(x₀|x₁) is ‖x₀ - μ_θ‖² / (2σ_1²) plus a constant,
+# and x₀ is μ̃_1. (This needs σ_1² > 0. A sampler may set it to 0; who computes the bound may not.)
+# So to make the bound small, the network must predict the noise. DDPM then drops the factor:
 #
 #       L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²                            [DDPM Eq. 14]
 #
 # where E averages over the images x₀, over t, uniform on 1..T, and over the noise ε. The code
 # divides by the number of pixels, too, so that answering 0 costs 1.
 #
-# What does it mean to drop the factor? With σ_t² = β_t and the linear schedule it is 0.50 at t = 1,
-# 0.010 at t = 100, lowest (0.0050) at t = 349, and 0.010 at t = 1000. Without it, small t count
-# far less. Of the 1.56 bits per pixel of the shipped model's bound, 88 % lie at t up to 50, where
-# the noise is too faint to see; L_simple spends 5 % of its draws there and the rest on the shape of
-# the digit. So training is no longer maximum likelihood, and the pictures are better for it (DDPM,
-# section 3.4).
+# What changes without the factor? With σ_t² = β_t and the linear schedule it is 0.50 at t = 1,
+# 0.010 at t = 100, lowest (0.0050) at t = 349, and 0.010 at t = 1000. So L_simple gives far less
+# weight to small t. That is where the likelihood is decided: measured in bits per pixel (the base-2
+# logarithm of the probability of the exact grey levels, 256 to choose from), the bound of the
+# shipped model in pretrained/ is 1.56 bits, and 88 % of these belong to t up to 50. L_simple spends
+# 5 % of its draws there and the rest on the shape of the digit. It is no longer maximum likelihood,
+# and the pictures are better for it (DDPM, section 3.4).
+#
+# Why not predict x₀, from which the noise follows? It is possible. But by q_sample an error in ε is
+# √ᾱ_t / √(1-ᾱ_t) times that in x₀, so a plain squared error of x₀ weighs the t quite differently,
+# and early experiments of DDPM gave worse pictures with it (section 3.2).
 
 
 # ------------------------------------------------------------------- 2. One training step
@@ -218,21 +212,33 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
     """
     # The loss is largest at small t, where faint noise is hard to tell from the digit. A batch that
     # happens to hold many small t has a high loss, however good the weights are, and the gradient
-    # varies just as much. So 1..T is cut into `count` equal strata, one level is drawn from each,
-    # and the strata are dealt to the images at random. The average gradient stays the same and
-    # varies less. After 3 epochs the held-out loss was 0.4 % lower than with independent draws (one
-    # run each; two seeds differ by 0.3 %).
+    # varies from batch to batch just as much. So 1..T is cut into `count` equal intervals, or
+    # strata, one level is drawn from each, and they are dealt to the images at random. On average
+    # the gradient is the same, and it varies less. After 3 epochs the held-out loss was 0.4 % lower
+    # than with independent draws (one run each; two seeds differ by 0.3 %).
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
-    # (stratum + within) / count is uniform on [0, 1); rounding could make it 1, hence the clamp.
+    # (stratum + within) / count is uniform on [0, 1). Multiplied by T = 1000, say, 0.0004 gives
+    # t = 1 and 0.9996 gives t = 1000. Rounding could make it 1, hence the clamp.
     return (1 + (stratum + within) / count * T).long().clamp(max=T)
 
+
+# Algorithm 1 of DDPM, in the notation of this file:
+#
+#       1  repeat
+#       2      x₀ ~ q(x₀)                   take training images
+#       3      t ~ Uniform(1, ..., T)       draw a noise level for each
+#       4      ε ~ N(0, 1)                  and noise for each pixel
+#       5      step along the negative gradient of ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖² by θ
+#       6  until converged
+#
+# `run` holds what changes from step to step: network, average, optimiser, random generator.
 
 def training_step(run: "Run", x0: torch.Tensor) -> torch.Tensor:
     """Take one step of gradient descent on a batch of clean images.         [DDPM Algorithm 1]
 
     run  the network and all that changes with it, see Run
-    x0   (B, 1, H, W) images in [-1, 1]: line 2 of the algorithm, done by the training loop
+    x0   (B, 1, H, W) images in [-1, 1]; the training loop has done line 2
 
     Returns the loss before the step: the mean over the batch and all pixels, a scalar tensor.
     """
@@ -260,8 +266,9 @@ def gradient_step(run: "Run", loss: torch.Tensor) -> None:
     # A rare batch with a huge gradient must not throw the weights far off.
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
 
-    # Adam divides each gradient by a running average of its size, so that all weights move at about
-    # the speed that the learning rate says.
+    # Adam keeps two running averages for each weight, of its gradient and of the gradient's square.
+    # It moves the weight along the first, divided by the root of the second, so all weights move at
+    # about the speed that the learning rate sets.
     run.adam.param_groups[0]["lr"] = run.learning_rate(run.step, run.steps, run.config)
     run.adam.step()
     update_average(run.average, run.model, run.step, run.config.ema)
@@ -288,17 +295,19 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int,
                    decay: float) -> None:
     """Move the averaged weights a little towards the current ones, after a step counted from 0.
 
-    decay  the highest weight of the old average, 0 to 1; see below for the lower values before it
+    decay  the upper limit of the decay, the weight that the old average keeps in a step
     """
     # While the learning rate is high, the weights jump around a good place, and their moving
     # average lies nearer to it. After the first of three epochs the average has a 5 % lower loss
-    # than the weights; at the end, when the learning rate is 0, it has no advantage left.
+    # than the weights; at the end, when the learning rate is 0, it has no advantage left. We keep
+    # it because it makes the model files of every earlier epoch better, and of a run cut short.
     #
-    # A constant decay of 0.9999 would remember the random initial weights for 10,000 steps, longer
-    # than our run. So the decay starts at 0.1 and rises as (1 + step) / (10 + step). This averages
-    # over roughly the last tenth of all steps: after 7,020 steps the mean age is 700 steps. The
-    # rise would reach the limit of 0.999 only in step 8,990, so in a run of 15 epochs the limit
-    # has no effect, and 0.9999 would give the same average. It matters in longer runs.
+    # The constant decay of DDPM, 0.9999, would remember the random initial weights for 10,000
+    # steps, longer than our run. So the decay starts at 0.1 and rises as (1 + step) / (10 + step).
+    # The average then reaches back over about a tenth of the run: after 7,020 steps, the mean age
+    # of the weights in it is 700 steps. The decay would reach its limit of 0.999 only in step
+    # 8,990, so in a run of 15 epochs the limit has no effect, and 0.9999 would give the same
+    # average. It matters in longer runs.
     decay = min(decay, (1 + step) / (10 + step))
     for mean, weight in zip(average.parameters(), model.parameters()):
         mean.lerp_(weight, 1 - decay)  # mean = decay * mean + (1 - decay) * weight
@@ -360,8 +369,9 @@ def train(config: Config, resume: bool = False,
                    saved and stops there; --resume goes on with it
 
     Returns the history: lists "loss", "held_out" and "seconds" with a number for each epoch, and
-    "step_loss" with a number for each step. Raises ValueError, RuntimeError, FloatingPointError if
-    the loss is no longer finite, or OSError if a file cannot be read or written.
+    "step_loss" with a number for each step. Raises ValueError if the options, the images and the
+    files do not fit together, OSError if a file cannot be read or written, FloatingPointError if
+    the loss is no longer finite, RuntimeError if the device fails.
     """
     run, training, held_out = set_up(config, resume, images, network, draw_t, learning_rate)
 
@@ -374,7 +384,7 @@ def train(config: Config, resume: bool = False,
         # Let the caller look in, and perhaps stop the run.
         halt = told_to_stop(run, after_step)
 
-        # Once in a while, look whether all is well: reading losses off a GPU makes it wait.
+        # Check now and then that the losses are finite; to read them off a GPU makes it wait.
         save_now = run.step == 1 or run.epoch_is_complete or halt
         if save_now or run.steps_into_epoch % 20 == 0:
             run.read_losses()
@@ -601,11 +611,16 @@ def report(run: Run) -> None:
 
 # ------------------------------------------------------------------------------ the images
 #
-# To train on 32x32 colour images, such as CIFAR-10, these names change and no others: load_images
-# (colours to the second dimension, (N, 3, 32, 32)), in unet.py the stem (3 channels in), the head
-# (3 channels out) and the check in UNet.forward, and in sample.py the `shape` that is given to
-# sample() and draw_grid (which draws grey images). 32 halves twice, to 8x8, so the UNet keeps its
-# form. More colours and shapes need a larger network: raise `channels`.
+# To train on 32x32 colour images, such as CIFAR-10, change
+#
+#   * here: DATASETS (one more name), load_images (the images as (N, 3, 32, 32));
+#   * in unet.py: the stem (3 channels in), the head (3 channels out), the check at the top of
+#     UNet.forward, and the image that describe() sends through;
+#   * in sample.py: the shape in draw_digit and in write_pictures, and draw_grid, which draws grey
+#     images; in plots.py: the shape in gather, and show.
+#
+# 32 halves twice, to 8x8, so the network keeps its form. Photographs need a larger one: raise
+# `channels` in unet.py.
 
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
     """Bytes 0..255 to float32 in [-1, 1], the range that the noise schedule is made for."""
@@ -712,13 +727,13 @@ def read_glyphs() -> torch.Tensor:
 
 
 def builtin_digits(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits for machines without MNIST: printed numerals, bent a little, like MNIST from afar.
+    """Digits for machines without MNIST: printed numerals, bent a little, to look like MNIST.
 
     They are white on black. Strokes are thickened, and the whole is turned, sheared and stretched
     at random. As in MNIST, a digit is 20 pixels high or wide, whichever is more, and its centre of
     mass is in the middle.
 
-    Returns uint8 (count, 1, 28, 28) and labels, int64 (count,); the same seed gives the same.
+    Returns uint8 (count, 1, 28, 28) and labels, int64 (count,), which depend on the seed alone.
     """
     glyphs = read_glyphs()
     generator = torch.Generator().manual_seed(seed)
@@ -774,7 +789,7 @@ def load_checkpoint(path: str | Path, network: Callable[..., torch.nn.Module] = 
     Raises OSError if there is no such file, ValueError if it is not a model file.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # for a foreign file our own line will do
+        with warnings.catch_warnings(action="ignore"):  # torch warns of foreign files; we raise
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
         with torch.device("meta"):  # shapes only: random weights would be overwritten at once
             model = network(**state["network"])
@@ -900,7 +915,33 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------ options and the command line
+
+NAMES = {"dataset": DATASETS, "schedule": KINDS}  # that an option may have
+LIMITS = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "lr": (1e-9, 1), "warmup": (0, 1),
+          "ema": (0, 0.999999), "clip": (1e-9, math.inf), "T": (2, 10**6), "seed": (0, 2**63 - 1),
+          "images": (0, 10**9), "val_images": (0, 10**6)}
+
+
+def check_options(config: Config) -> None:
+    """Raise ValueError if an option has a value that it cannot have."""
+    for name, known in NAMES.items():
+        value = getattr(config, name)
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known are {', '.join(known)}")
+    for name, (low, high) in LIMITS.items():
+        value = getattr(config, name)
+        if not low <= value <= high:  # NaN fails, too
+            raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+
+
+def default_folder(config: Config) -> str:
+    """The folder of a run that names none: runs/DATASET, or runs/DATASET-IMAGES."""
+    name = config.dataset
+    if config.images:
+        name += f"-{config.images}"
+    return str(HERE / "runs" / name)
+
 
 def make_parser() -> Parser:
     """An option for each field of Config, and --resume and --quick."""
@@ -943,7 +984,7 @@ def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, 
 
 def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None = None,
          **seams) -> None:
-    """The command line. after_step and seams (network, draw_t, learning_rate) are as in train()."""
+    """The command line. after_step, network, draw_t and learning_rate are passed on to train()."""
     # Read the options. What can never work ends here, with exit status 2.
     parser = make_parser()
     given = vars(parser.parse_args(argv))

@@ -94,10 +94,10 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 #
 # If the last layer of f starts at zero, the block at first hands on its input, as if it were not
 # there, and training begins with a simple network. A weight of zero still learns: its gradient is
-# its input times the error behind it, and its own value does not occur in that. The layers before it
-# get no gradient in the first step, since zeros pass none on, but they do from the second step on.
-# The head and the shortcut of the network start at zero, too. So the first answer is 0 for every
-# image, and the first loss is mean(ε²), about 1.
+# its input times the error behind it, and its own value does not occur in that. The layers before
+# it get no gradient in the first step, since zeros pass none on, but they do from the second step
+# on. The head and the shortcut of the network start at zero, too. So the first answer is 0 for
+# every image, and the first loss is mean(ε²), about 1.
 
 def zero(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     """Set the weights and the bias of a layer to zero, and return it."""
@@ -163,8 +163,8 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(groups, channels)
         # A 1x1 convolution applies the same small matrix at every place.
         self.query = nn.Conv2d(channels, channels, 1)
-        # The keys have no bias. A query q would score key k as q·(k + b) = q·k + q·b, and q·b, which
-        # is the same for all keys, cancels in the softmax. So b would never get a gradient.
+        # The keys have no bias b. A query q would score key k as q·(k + b) = q·k + q·b, and q·b is
+        # the same for all keys, so it cancels in the softmax. b would never get a gradient.
         self.key = nn.Conv2d(channels, channels, 1, bias=False)
         self.value = nn.Conv2d(channels, channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
@@ -193,11 +193,11 @@ class Attention(nn.Module):
 # ---------------------------------------------------------------------- 4. Halving the image
 #
 # A convolution of stride 2 computes every other place only. Unlike pooling, which takes a mean or a
-# maximum, it can learn what to keep. But a convolution does the same at every place, and does not
-# know where in the image that is; only at the border it notices something, the zeros of the padding.
-# Yet strokes are likely in the middle and rare in the corners. So a learned image, the same for
-# every input, is added to the halved one and tells each place where it is, as the positional
-# embedding does in a transformer.
+# maximum, it can learn what to keep. But a convolution does the same at every place and does not
+# know where in the image that is; only at the border it notices the zeros of the padding. Yet
+# strokes are likely in the middle and rare in the corners. So a learned image, the same for every
+# input, is added to the halved one and tells each place where it is, as the positional embedding
+# does in a transformer.
 
 class Halve(nn.Module):
     """Halve the image, and let each place know where it is.
@@ -332,8 +332,8 @@ class UNet(nn.Module):
             if level == smallest:
                 x = self.attention[1](x)
 
-        # The shortcut. At large t the noise is nearly x_t itself, and the network would have to carry
-        # every pixel of it unharmed through all its normalisations. Instead, t sets two numbers:
+        # The shortcut. At large t the noise is nearly x_t itself, and the layers would have to pass
+        # on every pixel of it unharmed through all the normalisations. Instead, t sets two numbers:
         # how much of x_t is added at the end, and by how much the answer of the head is scaled.
         echo, scale = rearrange(self.gain(time), "b two -> two b 1 1 1")
         return echo * xt + (1 + scale) * self.head(x)  # (B, 1, 28, 28)
