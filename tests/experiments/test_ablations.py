@@ -80,7 +80,8 @@ def test_learned_images_are_gone():
     missing = whole.load_state_dict(weights, strict=False)
     assert missing.missing_keys == ["down.0.place", "down.1.place"]
     assert not missing.unexpected_keys
-    x, t = normal(0, 2, 1, 28, 28, dtype=torch.float32), torch.tensor([1, 900])
+    x = normal(0, 2, 1, 28, 28, dtype=torch.float32)
+    t = torch.tensor([1, 900])
     with torch.no_grad():
         assert torch.equal(cut(x, t), whole(x, t))
 
@@ -118,8 +119,12 @@ def test_each_row_gives_train_what_it_names(name, tmp_path):
     and of those of the recipe for everything else.
     """
     runs = []
-    train_row(name, "", 1, tmp_path, images=IMAGES, after_step=lambda run: runs.append(run) or True,
-              **SMALL)
+
+    def keep_and_stop(run: train.Run) -> bool:
+        runs.append(run)
+        return True
+
+    train_row(name, "", 1, tmp_path, images=IMAGES, after_step=keep_and_stop, **SMALL)
     (run,) = runs
     change = CHANGES[name]
     assert run.draw_t is change.seams.get("draw_t", train.draw_t)

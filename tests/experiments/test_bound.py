@@ -159,7 +159,8 @@ def test_decoder_is_the_integral_of_the_density(k, mean, sigma):
     n = 4000
     y = torch.linspace(low, high, n + 1, dtype=torch.float64)
     weight = torch.ones(n + 1, dtype=torch.float64)
-    weight[1:-1:2], weight[2:-1:2] = 4, 2
+    weight[1:-1:2] = 4
+    weight[2:-1:2] = 2
     density = (-(y - mean) ** 2 / (2 * sigma**2)).exp() / (sigma * math.sqrt(2 * math.pi))
     integral = (weight * density).sum().item() * (high - low) / n / 3
     nats = decoder(torch.tensor([[k]], dtype=torch.uint8), number(mean)[None, None],
