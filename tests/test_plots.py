@@ -407,6 +407,16 @@ def test_distances_are_counted_in_histograms(material):
     assert [line.get_xdata()[0] for line in ax.lines] == [0.5, 0.25]  # the medians
 
 
+def test_epochs_stand_beside_their_own_loss(material):
+    """The note of epoch n is the n-th held-out loss of the history, if not all epochs are shown."""
+    other = copy.deepcopy(material)
+    other.checkpoint.history["held_out"] = [0.5, 0.25, 0.125]
+    other.claims["epochs"] = {"images": {1: pictures(8), 3: pictures(8)}}
+    figure = script.plot_epochs(other)
+    assert notes(figure) == ["held-out loss\n0.5000", "held-out loss\n0.1250"]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["epoch 1", "epoch 3"]
+
+
 def test_unknown_terms_of_the_bound_are_gaps_and_count_as_nothing():
     """Terms 3, unknown, 1 at t = 1..3: the first two have three quarters of the bits."""
     terms = script.terms_of_the_bound({"terms": [None, 3.0, None, 1.0]})
