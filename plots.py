@@ -582,6 +582,8 @@ def plot_noise(material: Material) -> Figure:
         images    the first eight samples, uint8 (8, 1, 28, 28)
     """
     measurements = material.claims["noise"]
+
+    # Write the numbers of each row beside its images.
     rows = []
     for label, chain in ((r"$\tilde\beta_t$", "ddpm 1000"), (r"$\beta_t$", "ddpm 1000, beta"),
                          ("none", "ddpm 1000, zero"), ("DDIM,\n50 steps", "ddim 50")):
@@ -592,6 +594,8 @@ def plot_noise(material: Material) -> Figure:
                 f"0-4 {' '.join(counts[:5])}\n"
                 f"5-9 {' '.join(counts[5:])}")
         rows.append((label, row["images"], note))
+
+    # Say in the title what they are to be compared with.
     samples = measurements["ddim 50"]["count"]  # the same in all rows
     spread = measurements["test images"]["spread"]
     return draw_rows(f"Variance of the fresh noise; {samples} samples by kind (spread of test "
@@ -774,6 +778,8 @@ def plot_samplers(material: Material) -> Figure:
         floor     {number of training images: (mean, standard deviation) of their distance}
     """
     measurements = material.claims["samplers"]
+
+    # Write distance and time beside the images of each chain.
     rows = []
     for chain, row in measurements["chains"].items():
         if is_shown(chain):
@@ -782,6 +788,8 @@ def plot_samplers(material: Material) -> Figure:
                     f"of {count:,} images\n"
                     f"32 in {row['seconds']:.2g} s")
             rows.append((chain.replace(" ", "\n"), measurements["images"][chain], note))
+
+    # Say in the title what the distances are to be compared with.
     real = ", ".join(f"{mean:.1f} of {count:,}"
                      for count, (mean, _) in measurements["floor"].items())
     return draw_rows("Samplers, steps, and distance to test digits (that of real digits:\n"
