@@ -606,6 +606,15 @@ def test_image_depends_on_its_seed_alone(seeds, data):
     assert torch.equal(together, backwards.flip(0))
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_chain_does_not_know_of_the_one_before(sampler):
+    """The same call gives the same images again, bit for bit: nothing is remembered in between."""
+    model = Gaussian(STEEP, 0.1, 0.3)
+    first, second = (last(sample(model, STEEP, [1, 2], sampler, steps=5, shape=(1, 4, 4)))
+                     for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_real_network_draws_the_same_image_in_any_batch(tiny_run):
     """With the real network in float32, batch 1 and batch 5 agree within one grey level."""
     checkpoint = script.load_checkpoint(tiny_run / "model.pt")
