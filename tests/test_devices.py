@@ -1,8 +1,10 @@
 """What a device other than the CPU demands: no float64 on it, contiguous images, the same digits.
 
-Torch's "meta" device computes shapes, strides and types without numbers. So it stands in for a
-device that has no float64, as Apple's MPS: whatever is made on it is looked at here.
+Torch's "meta" device computes shapes, strides and types, but no numbers. Here it stands in for a
+device without float64, such as Apple's MPS: the tests look at everything that is made on it.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from sample import SHIPPED, VARIANCES, sample, to_uint8
 from schedule import NoiseSchedule
-from train import load_checkpoint, update_average
-from unet import UNet, pick_device
+from train import Config, draw_t, learning_rate, load_checkpoint, training_step
+from unet import UNet, pick_device, prepare_device
 
 # Gradients of these were wrong on MPS for images that are not contiguous (PyTorch issues 175188,
 # 180984, 192212).
@@ -21,11 +23,15 @@ DELICATE = ("convolution", "silu", "sigmoid", "tanh", "gelu")
 
 
 class Watch(TorchDispatchMode):
-    """Notes what is made on the meta device in float64, and delicate operations on odd strides."""
+    """Notes the operations on the meta device: all of them, those that make float64, and delicate
+    ones on images that are not contiguous.
+    """
 
     def __init__(self):
         super().__init__()
-        self.double, self.strided, self.operations = [], [], set()
+        self.operations = set()
+        self.double = []
+        self.strided = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -53,11 +59,14 @@ def test_watch_sees_what_it_should():
 
 
 def test_sampling_makes_no_float64_on_the_device():
-    """A chain of every sampler and variance, with and without clipping: float32 alone, contiguous."""
+    """A chain of every sampler and variance, with and without clipping, makes float32 alone, and all
+    images are contiguous.
+    """
     with torch.device("meta"):
         model = UNet()
     chains = [dict(variance=variance, clip=variance == "beta") for variance in VARIANCES]
-    chains += [dict(sampler="ddim", eta=0.5), dict(sampler="dpm++"), dict(sampler="sde-dpm++", clip=False)]
+    chains += [dict(sampler="ddim", eta=0.5), dict(sampler="dpm++"),
+               dict(sampler="sde-dpm++", clip=False)]
     with Watch() as watch:
         for options in chains:
             for _ in sample(model, NoiseSchedule(6, "cosine"), [0, 1], steps=4, **options):
@@ -66,19 +75,22 @@ def test_sampling_makes_no_float64_on_the_device():
 
 
 def test_training_makes_no_float64_on_the_device():
-    """One step forward and back, clipping and averaging: float32 alone, contiguous."""
+    """A training step with its gradients, their clipping, Adam and the average makes float32 alone,
+    and all images are contiguous.
+    """
     with torch.device("meta"):
-        model, average = UNet(), UNet().requires_grad_(False)
-    schedule, generator = NoiseSchedule(), torch.Generator().manual_seed(0)
-    x0 = torch.rand(4, 1, 28, 28, generator=generator) * 2 - 1
-    eps, t = torch.randn(x0.shape, generator=generator), torch.tensor([1, 2, 500, 1000])
+        model = UNet()
+        average = UNet().requires_grad_(False)
+    run = SimpleNamespace(
+        config=Config(), model=model, network=model, average=average, device=torch.device("meta"),
+        adam=torch.optim.Adam(model.parameters(), foreach=False), schedule=NoiseSchedule(),
+        generator=torch.Generator().manual_seed(0), draw_t=draw_t, learning_rate=learning_rate,
+        step=0, steps=10)
+    x0 = torch.rand(4, 1, 28, 28, generator=run.generator) * 2 - 1
     with Watch() as watch:
-        xt = schedule.q_sample(x0, t, eps)
-        loss = F.mse_loss(model(xt.to("meta"), t.to("meta")), eps.to("meta"))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        update_average(average, model, 0, 0.999)
-    assert "aten::convolution_backward" in watch.operations
+        loss = training_step(run, x0)
+    assert run.step == 1 and loss.device.type == "meta" and loss.dtype == torch.float32
+    assert {"aten::convolution_backward", "aten::addcdiv_"} <= watch.operations
     assert not watch.double and not watch.strided
 
 
@@ -87,9 +99,11 @@ def test_training_makes_no_float64_on_the_device():
 def test_same_seed_same_digit_on_a_gpu():
     """In float32 a GPU draws the digits of the CPU, to within one grey level."""
     drawn = []
-    for device in ("cpu", "cuda" if torch.cuda.is_available() else "mps"):
+    for name in ("cpu", "auto"):
+        device = pick_device(name)
+        prepare_device(device)
         checkpoint = load_checkpoint(SHIPPED)
-        model = checkpoint.model.to(pick_device(device))
+        model = checkpoint.model.to(device)
         for _, images, _ in sample(model, checkpoint.schedule, [0, 1, 2, 3], steps=100):
             pass
         drawn.append(to_uint8(images.cpu()).int())

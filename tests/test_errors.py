@@ -1,22 +1,22 @@
 """What goes wrong is told in one line, with what to do, and nothing is lost or half written.
 
-The table below runs each script in this process, as `script.main(argv)`; six of its rows are run
-once more as real commands. A row is a script, its arguments, its exit status, and words that the
-one line on standard error must contain. Status 2 means that the command can never work as it is
-written, 1 that something else is missing or damaged.
+The table below runs each script in this process, as `script.main(argv)`. A row is a script, its
+arguments, its exit status, and words that the one line on standard error must contain. Status 2
+means that the command can never work as it is written, 1 that something else is missing or damaged.
+
+The slow tests try the same with real commands: six rows of the table, a disk that is full, signals,
+and several processes.
 """
 
 import gzip
 import importlib
 import os
 import pickle
-import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import time
 from hashlib import sha256
 from pathlib import Path
 from urllib.error import URLError
@@ -27,8 +27,22 @@ from PIL import Image
 
 import train
 from strategies import pictures, same_state, write_mnist
+from train import HERE, load_checkpoint
+from unet import UNet
 
-HERE = Path(train.HERE)
+
+def no_network(monkeypatch) -> None:
+    """Let every download fail, as on a machine without a network."""
+    def refuse(*args, **kwargs):
+        raise URLError("no route to host")
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
+
+
+def little(**sizes) -> UNet:
+    """A UNet that is faster than the default one."""
+    few = {"channels": (8, 8), "blocks": (1, 1), "embedding": 8, "time_hidden": 8, "time_width": 4,
+           "heads": 2, "groups": 4}
+    return UNet(**few | sizes)
 
 
 class Code:
@@ -38,16 +52,25 @@ class Code:
         return os.system, ("echo a model file was run as a program",)
 
 
+def damaged(images: bytes) -> dict[str, bytes]:
+    """A file of images in MNIST's format, damaged in six ways."""
+    return {"cut": images[:-100], "none": b"", "html": b"<html></html>",
+            "float": struct.pack(">I", 0xD03) + images[4:], "zeros": bytes(len(images)),
+            "dims": struct.pack(">IIII", 0x803, 2**30, 28, 28) + images[16:]}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_run):
     """A folder with everything that the table needs: good, damaged and foreign files."""
     place = tmp_path_factory.mktemp("place")
     for name in ("empty", "void", "dirs.gif"):
         (place / name).mkdir()
+
+    # Model files.
     good = (tiny_run / "model.pt").read_bytes()
-    files = {"good.pt": good, "empty.pt": b"", "half.pt": good[:len(good) // 2], "text.pt": b"hello",
-             "code.pt": pickle.dumps(Code()), "page.pt": b"<html>404</html>" * 99,
-             "zip.pt": b"PK\x03\x04" + bytes(200), "gz.pt": gzip.compress(good[:1000]), "file": b""}
+    files = {"good.pt": good, "half.pt": good[:len(good) // 2], "gz.pt": gzip.compress(good[:1000]),
+             "empty.pt": b"", "text.pt": b"hello", "page.pt": b"<html>404</html>" * 99,
+             "zip.pt": b"PK\x03\x04" + bytes(200), "code.pt": pickle.dumps(Code()), "file": b""}
     for name, content in files.items():
         (place / name).write_bytes(content)
     state = torch.load(tiny_run / "model.pt", weights_only=True)
@@ -58,8 +81,10 @@ def place(tmp_path_factory, tiny_run):
                place / "size.pt")
     torch.save({**state, "network": {"depth": 5}}, place / "keys.pt")
     torch.save({**state, "config": {**state["config"], "T": -1}}, place / "config.pt")
-    for name in ("model.pt", "last.pt"):  # a finished run
-        (place / "run").mkdir(exist_ok=True)
+
+    # Folders of runs: one that is finished, and three that cannot go on.
+    (place / "run").mkdir()
+    for name in ("model.pt", "last.pt"):
         (place / "run" / name).write_bytes((tiny_run / name).read_bytes())
     (place / "copied").mkdir()
     (place / "copied" / "last.pt").write_bytes(good)
@@ -67,15 +92,13 @@ def place(tmp_path_factory, tiny_run):
     (place / "broken" / "last.pt").write_bytes(good[:5000])
     (place / "dirs" / "last.pt").mkdir(parents=True)
 
+    # Images.
     labels = torch.arange(16) % 10
     write_mnist(place / "mnist", pictures(16), labels)
-    for name, change in {
-            "cut": lambda b: b[:-100], "none": lambda b: b"", "html": lambda b: b"<html></html>",
-            "float": lambda b: struct.pack(">I", 0xD03) + b[4:], "zeros": lambda b: bytes(len(b)),
-            "dims": lambda b: struct.pack(">IIII", 0x803, 2**30, 28, 28) + b[16:]}.items():
+    for name in damaged(b""):
         write_mnist(place / name, pictures(16), labels)
         for path in (place / name).rglob("*-images-*"):
-            path.write_bytes(change(path.read_bytes()))
+            path.write_bytes(damaged(path.read_bytes())[name])
     write_mnist(place / "odd", pictures(16, size=30), labels)
     write_mnist(place / "few", pictures(16), labels[:7])
     (place / "images" / "a").mkdir(parents=True)
@@ -138,8 +161,8 @@ TABLE = [
     ("plots", "bits --checkpoint {p}/good.pt", 1, "not measured beside {p}/good.pt: bits"),
     # Model files that are missing, damaged, foreign or of another network.
     *[("sample", f"--checkpoint {{p}}/{name}.pt", 1, "is damaged, or no model file")
-      for name in ("empty", "half", "text", "code", "code2", "page", "zip", "gz", "tensor", "foreign",
-                   "size", "keys", "config")],
+      for name in ("empty", "half", "text", "code", "code2", "page", "zip", "gz", "tensor",
+                   "foreign", "size", "keys", "config")],
     ("sample", "--checkpoint {p}/nowhere.pt", 1, "python train.py makes one"),
     ("sample", "--checkpoint {p}/empty", 1, "no model file"),
     ("sample", "--checkpoint {p}/good.pt --steps 0", 1, "steps must be between 1 and 20"),
@@ -148,7 +171,7 @@ TABLE = [
     # Folders and files that cannot be written.
     ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/file", 1, "file"),
     ("train", f"--data {{p}}/mnist {BATCH} --out /proc/nowhere", 1, "/proc/nowhere"),
-    ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/dirs", 1, "holds a run; go on by --resume --out"),
+    ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/dirs", 1, "holds a run; go on by --resume"),
     ("sample", "--checkpoint {p}/good.pt --out {p}/file/a.png", 1, "{p}/file"),
     ("sample", "--checkpoint {p}/good.pt --gif {p}/dirs.gif", 1, "dirs.gif"),
     ("plots", "loss --checkpoint {p}/good.pt --out {p}/file", 1, "{p}/file"),
@@ -160,8 +183,8 @@ TABLE = [
     ("train", "--out {p}/nowhere --resume", 1, "no model file"),
 ]
 COMMANDS = [row for row in TABLE if row[1] in (
-    "--epochs 0", "--data {p}/cut", "--checkpoint {p}/code2.pt", "--checkpoint {p}/half.pt", "losses",
-    "--kind square")]
+    "--epochs 0", "--data {p}/cut", "--checkpoint {p}/code2.pt", "--checkpoint {p}/half.pt",
+    "losses", "--kind square")]
 
 
 def contents(folder: Path) -> str:
@@ -180,28 +203,30 @@ def check(status, err: str, row, place) -> None:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]} {row[1]}")
 def test_one_line_and_nothing_written(row, place, tmp_path, monkeypatch, capsys):
     """One line on standard error, the exit status of the table, and no file new or changed."""
-    name, argv, status, _ = row
-    def refuse(*args, **kwargs):
-        raise URLError("no route to host")
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
+    name = row[0]
+    argv = row[1].format(p=place).split()
+    no_network(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    argv = argv.format(p=place).split()
     if "--out" not in argv and name == "train":
         argv += ["--out", str(tmp_path / "new")]
     if "--checkpoint" not in argv and name in ("sample", "plots"):
         argv += ["--checkpoint", str(place / "good.pt")]
-    before = contents(place)
+    written = contents(place)
     with pytest.raises(SystemExit) as exit_:
         importlib.import_module(name).main(argv)
-    code = exit_.value.code
+    status = exit_.value.code
     out, err = capsys.readouterr()
-    # Given a text, Python prints it to standard error and exits with 1.
-    check(*((1, code) if isinstance(code, str) else (code, err)), row, place)
-    assert contents(place) == before and not list(tmp_path.rglob("*.p*"))
+    if isinstance(status, str):
+        # Given a text, Python prints it to standard error and exits with 1.
+        err += status
+        status = 1
+    check(status, err, row, place)
+    assert contents(place) == written and not list(tmp_path.rglob("*.p*"))
     assert "run as a program" not in out + err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", COMMANDS, ids=lambda row: f"{row[0]} {row[1]}")
 def test_the_same_as_real_commands(row, place, tmp_path):
     """Six rows of the table as a user would type them."""
@@ -213,152 +238,204 @@ def test_the_same_as_real_commands(row, place, tmp_path):
 
 
 def test_table_is_long_enough():
+    """At least forty rows, six of which are tried as real commands."""
     assert len(TABLE) >= 40 and len(COMMANDS) == 6
 
 
-# ---------------------------------------------------------------- a disk that is full, and signals
+# ------------------------------------------------------------------------------ a disk that is full
 
+def begun_run(out: Path) -> str:
+    """Begin a run of two epochs and stop it after one step; the contents of its folder."""
+    config = train.Config(batch_size=8, epochs=2, out=str(out), device="cpu")
+    train.train(config, images=(pictures(16), pictures(16)), after_step=lambda run: True)
+    return contents(out)
+
+
+def test_failed_write_keeps_the_old_files(place, tmp_path, monkeypatch):
+    """If no file can be written, the command says so in one line, and the old files are whole."""
+    written = begun_run(tmp_path)
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--data", str(place / "mnist"), "--out", str(tmp_path), "--resume"])
+    line = exit_.value.code
+    assert line.startswith("train.py: cannot write") and "No space left" in line
+    assert "is kept" in line and "\n" not in line
+    assert contents(tmp_path) == written
+
+
+@pytest.mark.slow
 def test_full_disk_keeps_the_old_files(place, tmp_path):
-    """A real command whose files may not grow beyond 1 MB: one line, and the old files are whole."""
+    """A real command whose files may not exceed 1 MB: one line, and the old files are whole."""
     resource = pytest.importorskip("resource")  # not on Windows
-    run = tmp_path / "run"
-    images = [pictures(16), pictures(16)]
-    config = dict(batch_size=8, out=str(run), device="cpu")
-    train.train(train.Config(**config, epochs=2), images=images, stop=[1])
-    before = contents(run)
+    written = begun_run(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(HERE / "train.py"), "--data", str(place / "mnist"), "--out", str(run),
-         "--resume"], capture_output=True, text=True, timeout=120,
+        [sys.executable, str(HERE / "train.py"), "--data", str(place / "mnist"), "--out",
+         str(tmp_path), "--resume"], capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "cannot write" in done.stderr and "is kept" in done.stderr
-    assert contents(run) == before
+    assert contents(tmp_path) == written
+
+
+# ------------------------------------------------------------------------------------------ signals
+
+def command(place: Path, out: Path, *options: str) -> list[str]:
+    """The arguments of train.py for the sixteen pictures, two steps an epoch."""
+    return ["--data", str(place / "mnist"), "--device", "cpu", "--batch-size", "8", "--out",
+            str(out), *options]
+
+
+def signal_after(step: int, *numbers: int):
+    """An after_step that sends signals to this process when so many steps are finished."""
+    def send(run):
+        if run.step == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+    return send
+
+
+SIGNALS = pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+@SIGNALS
+def test_signal_saves_and_resume_ends_as_if_unbroken(number, status, place, tmp_path, capsys):
+    """A signal stops the run after the step under way; the command says in one line how to go on,
+    and exits with the status of the signal. Resumed, the run ends as if it had not been stopped.
+    """
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
+    handler = signal.getsignal(number)
+    train.main(command(place, whole, "--epochs", "3"), network=little)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        train.main(command(place, parts, "--epochs", "3"), network=little,
+                   after_step=signal_after(3, number))
+    err = capsys.readouterr().err
+    assert exit_.value.code == status
+    assert err == f"stopped at step 3; to go on, add --resume --out {parts}\n"
+    assert len(load_checkpoint(parts / "last.pt").history["step_loss"]) == 3
+    assert signal.getsignal(number) is handler
+    train.main(command(place, parts, "--resume"), network=little)
+    assert "done; now type" in capsys.readouterr().out
+    assert same_state(whole / "last.pt", parts / "last.pt")
 
 
 @pytest.fixture(scope="module")
-def unbroken(place):
-    """A command that trains twelve epochs of two steps, and the folder where it was run once."""
-    command = [sys.executable, str(HERE / "train.py"), "--data", str(place / "mnist"), "--device",
-               "cpu", "--batch-size", "8", "--epochs", "12", "--out"]
-    subprocess.run([*command, str(place / "unbroken")], check=True, capture_output=True)
-    return command, place / "unbroken"
+def unbroken(place) -> Path:
+    """The folder of a real command that trained twelve epochs."""
+    out = place.parent / "unbroken"
+    subprocess.run([sys.executable, str(HERE / "train.py"), *command(place, out, "--epochs", "12")],
+                   check=True, capture_output=True)
+    return out
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_saves_and_resume_ends_as_if_unbroken(number, status, unbroken, tmp_path):
-    """A real command is stopped by a signal, says how to go on, and does, bit for bit."""
-    command, whole = unbroken
-    run = subprocess.Popen([*command, str(tmp_path)], text=True, stderr=subprocess.PIPE,
-                           stdout=subprocess.PIPE)
+@pytest.mark.slow
+@SIGNALS
+def test_real_command_is_stopped_and_resumed(number, status, place, unbroken, tmp_path):
+    """A real command is stopped by a signal at any moment, says how to go on, and does, bit for
+    bit.
+    """
+    script = [sys.executable, str(HERE / "train.py")]
+    run = subprocess.Popen([*script, *command(place, tmp_path, "--epochs", "12")], text=True,
+                           stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while not run.stdout.readline().startswith("epoch  2/"):
         assert run.poll() is None
     run.send_signal(number)
-    out, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=60)
     assert run.returncode == status and "add --resume" in err and len(err.splitlines()) == 1
-    assert 2 <= len(train.load_checkpoint(tmp_path / "last.pt").history["loss"]) < 12
-    subprocess.run([*command, str(tmp_path), "--resume"], check=True, capture_output=True)
-    assert same_state(whole / "last.pt", tmp_path / "last.pt")
+    assert 2 <= len(load_checkpoint(tmp_path / "last.pt").history["loss"]) < 12
+    subprocess.run([*script, *command(place, tmp_path, "--resume")], check=True,
+                   capture_output=True)
+    assert same_state(unbroken / "last.pt", tmp_path / "last.pt")
 
 
-def test_signal_in_the_last_step_comes_too_late(place, tmp_path, monkeypatch, capsys):
+def test_signal_in_the_last_step_comes_too_late(place, tmp_path, capsys):
     """The run is finished, so it says so, and exits as usual."""
-    update = train.update_average
-
-    def update_and_stop(average, model, step, decay):
-        update(average, model, step, decay)
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train, "update_average", update_and_stop)
-    train.main(["--data", str(place / "mnist"), "--device", "cpu", "--batch-size", "8", "--epochs",
-                "1", "--out", str(tmp_path / "run")])
+    train.main(command(place, tmp_path, "--epochs", "1"), network=little,
+               after_step=signal_after(2, signal.SIGTERM))
     out, err = capsys.readouterr()
     assert "done; now type" in out and "stopped" not in out + err
-    assert len(train.load_checkpoint(tmp_path / "run" / "last.pt").history["loss"]) == 1
+    assert len(load_checkpoint(tmp_path / "last.pt").history["loss"]) == 1
 
 
-def test_second_signal_acts_at_once(monkeypatch, tmp_path, place):
-    """While images are read, Ctrl-C is noted; pressed again, it ends the program with 130."""
-    seen = []
+def test_signal_while_images_are_read_stops_after_one_step(tmp_path, monkeypatch, capsys):
+    """Ctrl-C while the images are downloaded: they are read, one step is taken and saved, and the
+    run stops.
+    """
+    asked = []
+
+    def download(url, *args, **kwargs):
+        if not asked:
+            os.kill(os.getpid(), signal.SIGINT)
+        asked.append(url)
+        write_mnist(tmp_path, pictures(16), torch.zeros(16))
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--device", "cpu",
+                    "--batch-size", "8"], network=little)
+    assert exit_.value.code == 130 and "stopped at step 1;" in capsys.readouterr().err
+    assert len(asked) == 4  # files of MNIST
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert saved.config.dataset == "mnist" and len(saved.history["step_loss"]) == 1
+
+
+@SIGNALS
+def test_second_signal_acts_at_once(number, status, monkeypatch, tmp_path):
+    """While images are read, a signal is noted; the second one ends the program with its status."""
+    noted = []
 
     def slow(*args, **kwargs):
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            seen.append(time.sleep(0.01))
+            os.kill(os.getpid(), number)
+            noted.append(number)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(train, "load_images", slow)
-    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", slow)
+    handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as exit_:
-        train.main(["--out", str(tmp_path / "run")])
-    assert exit_.value.code == 130 and seen == [None]
-    assert signal.getsignal(signal.SIGINT) is before and not (tmp_path / "run").exists()
+        train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert exit_.value.code == status and noted == [number]
+    assert signal.getsignal(number) is handler and not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------ the built-in digits
 
 def test_without_mnist_the_builtin_digits_are_learned(monkeypatch, tmp_path, capsys):
-    """Said before training and after, into a folder of their own, without the blog's column."""
-    from digits import builtin_digits
-
-    def load(data, train_split=True, dataset="mnist", download=True):
-        if dataset == "mnist":
-            raise FileNotFoundError("no MNIST")
-        assert dataset == "builtin"
-        return builtin_digits(16, seed=0)
-
-    monkeypatch.setattr(train, "load_images", load)
-    monkeypatch.setattr(train, "HERE", tmp_path)
-    train.main(["--batch-size", "8", "--epochs", "1", "--device", "cpu"])
+    """Without MNIST and without a network the command takes the built-in digits. It says so before
+    and after training, and it does not show the blog's losses, which are those of MNIST.
+    """
+    no_network(monkeypatch)
+    train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--device", "cpu",
+                "--images", "16", "--val-images", "8", "--batch-size", "8", "--epochs", "1"],
+               network=little)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("looking for MNIST") and len(lines) == 6
+    assert lines[0] == f"looking for MNIST in {tmp_path}" and len(lines) == 6
     assert "these are built-in digits" in lines[1] and lines[-2] == lines[1]
-    assert "blog" not in "".join(lines)
-    checkpoint = train.load_checkpoint(tmp_path / "runs" / "builtin" / "model.pt")
-    assert checkpoint.config.dataset == "builtin"
+    assert lines[2] == f"built-in digits, on cpu, into {tmp_path / 'run'}"
+    assert lines[-1].startswith("done; now type") and "blog" not in "".join(lines)
+    assert load_checkpoint(tmp_path / "run" / "model.pt").config.dataset == "builtin"
 
 
-def test_builtin_digits_are_sized_and_centred_as_mnist():
-    """Black ground, white strokes, 20 pixels in the longer direction, centre of mass in the middle."""
-    from digits import builtin_digits
-    images, labels = builtin_digits(1000, seed=3)
-    again = builtin_digits(1000, seed=3)
-    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
-    assert not torch.equal(images, builtin_digits(1000, seed=4)[0])
-    assert images.shape == (1000, 1, 28, 28) and images.dtype == torch.uint8
-    assert set(labels.tolist()) == set(range(10)) and (torch.bincount(labels) > 60).all()
-    edge = torch.cat([images[..., 0], images[..., -1], images[:, :, 0], images[:, :, -1]])
-    assert (edge == 0).float().mean() > 0.99
-    assert (images.amax((1, 2, 3)) > 150).all()
-    ink, axis = images[:, 0].double(), torch.arange(28, dtype=torch.float64) - 13.5
-    for dim in (1, 2):
-        centre = (ink.sum(3 - dim) @ axis) / ink.sum((1, 2))
-        assert centre.abs().max() < 0.6
-    lit = images[:, 0] > 100
-    sizes = torch.maximum(lit.any(1).sum(1), lit.any(2).sum(1))
-    assert sizes.min() >= 17 and sizes.max() <= 22 and abs(sizes.double().mean() - 20) < 0.5
-    # About twenty faces make the same numeral look different.
-    assert len({image.numpy().tobytes() for image in images}) == 1000
-
-
-def test_any_folder_of_images_can_be_learned(tmp_path):
-    """ImageFolder's layout, any size and colour. A tenth is held out, and the rest is in no order of
-    the classes, so that the first N images, or the last, are a fair choice; no image is in both."""
-    for kind in ("cat", "dog"):
-        (tmp_path / kind).mkdir()
-        for i in range(10):
-            Image.new("RGB", (40, 20), (10 * i, 10 * i, 10 * i)).save(tmp_path / kind / f"{i}.png")
-    images, labels = train.load_images(tmp_path, True, "folder")
-    held, held_labels = train.load_images(tmp_path, False, "folder")
-    assert images.shape == (18, 1, 28, 28) and images.dtype == torch.uint8 and len(held) == 2
-    found = [*zip([*labels, *held_labels], torch.cat([images, held])[:, 0, 5, 5])]
-    assert {(k.item(), grey.item()) for k, grey in found} == {
-        (k, 10 * i) for k in (0, 1) for i in range(10)}
-    assert 3 < labels[:9].sum() < 7 and labels.tolist() != sorted(labels)
-    shutil.rmtree(tmp_path / "dog")
-    for i in range(1, 10):  # of a single image none is left to train on
-        (tmp_path / "cat" / f"{i}.png").unlink()
-    assert train.load_images(tmp_path, True, "folder")[0].shape == (0, 1, 28, 28)
+def test_builtin_digits_have_a_folder_of_their_own(monkeypatch, tmp_path, capsys):
+    """A run with them goes into runs/builtin, so that a run with MNIST can follow, and keeps the
+    other options. If MNIST was named, nothing else takes its place.
+    """
+    no_network(monkeypatch)
+    given = {"data": str(tmp_path), "images": 16, "epochs": 2}
+    config, notice = train.with_builtin_digits_if_needed(train.Config(**given), given)
+    assert config == train.Config(dataset="builtin", **given)
+    assert config.out == str(HERE / "runs" / "builtin-16") and config.images == 16
+    assert notice in capsys.readouterr().out and "built-in digits" in notice
+    assert train.Config(**given).out == str(HERE / "runs" / "mnist-16")
+    named = given | {"dataset": "mnist"}
+    config, notice = train.with_builtin_digits_if_needed(train.Config(**named), named)
+    assert config == train.Config(**named) and notice == "" == capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -373,48 +450,85 @@ def torchrun(script: Path, *options) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, timeout=200)
 
 
+def test_second_signal_of_torchrun_is_not_obeyed_at_once(place, tmp_path, monkeypatch, capsys):
+    """torchrun sends each signal twice. With it in charge (here of a single process) a run still
+    finishes the step under way and saves, and exits with the status of the signal.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as exit_:
+        train.main(command(place, tmp_path), network=little,
+                   after_step=signal_after(2, signal.SIGTERM, signal.SIGTERM))
+    assert exit_.value.code == 143 and "stopped at step 2" in capsys.readouterr().err
+    assert len(load_checkpoint(tmp_path / "last.pt").history["step_loss"]) == 2
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
 def test_two_processes_stop_together(place, tmp_path):
-    """If only the second one is told to stop, in its third step, both do after that step, and the
-    first one saves."""
+    """If only the second process is told to stop, in its third step, both stop after that step, and
+    the first one saves.
+    """
     script = tmp_path / "script.py"
     script.write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
 import train
-update = train.update_average
-def update_and_stop(average, model, step, decay):
-    update(average, model, step, decay)
-    if step == 2 and os.environ["RANK"] == "1":
+
+def stop_the_second_process(run):
+    if run.step == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
-train.update_average = update_and_stop
-train.main(sys.argv[1:])
+
+train.main(sys.argv[1:], after_step=stop_the_second_process)
 """)
-    done = torchrun(script, "--data", place / "mnist", "--device", "cpu", "--batch-size", "8",
-                    "--epochs", "50", "--out", tmp_path / "run")
+    done = torchrun(script, *command(place, tmp_path / "run", "--epochs", "50"))
     assert done.returncode != 0 and "--resume" in done.stdout + done.stderr
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert len(state["history"]["step_loss"]) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(place, tmp_path):
     """torchrun with two gloo processes: the losses and weights of a single one, to rounding.
 
     Adam divides by the root of a gradient's mean square, so a weight whose gradient is almost zero
-    may move by the full rate either way; weights are compared by their median difference, against
-    0.1 % of what the rates of the steps add up to.
+    may move by the full learning rate either way; weights are compared by their median difference,
+    against 0.1 % of the sum of the learning rates of all steps.
     """
-    options = ["--data", str(place / "mnist"), "--device", "cpu", "--batch-size", "8", "--epochs",
-               "3", "--out"]
-    done = torchrun(HERE / "train.py", *options, tmp_path / "two")
+    done = torchrun(HERE / "train.py", *command(place, tmp_path / "two", "--epochs", "3"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch  1/3") == 1 and done.stdout.count("done") == 1
-    subprocess.run([sys.executable, str(HERE / "train.py"), *options, str(tmp_path / "one")],
-                   check=True, capture_output=True)
-    two, one = (train.load_checkpoint(tmp_path / run / "last.pt") for run in ("two", "one"))
+    train.main(command(place, tmp_path / "one", "--epochs", "3"))
+    two = load_checkpoint(tmp_path / "two" / "last.pt")
+    one = load_checkpoint(tmp_path / "one" / "last.pt")
     assert len(two.history["step_loss"]) == 6
     for a, b in zip(two.history["step_loss"], one.history["step_loss"]):
         assert abs(a - b) < 1e-4
     rates = sum(train.learning_rate(i, 6, one.config) for i in range(6))
-    for k, w in one.state["weights"].items():
-        assert (w - two.state["weights"][k]).abs().median() < 1e-3 * rates
+    for name, weight in one.state["weights"].items():
+        assert (weight - two.state["weights"][name]).abs().median() < 1e-3 * rates
     assert torch.equal(one.state["generator"], two.state["generator"])
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_run_of_two(place, tmp_path):
+    """A run of two processes is stopped and resumed by two processes: it ends bit for bit as a run
+    of two processes that was not stopped.
+    """
+    torchrun(HERE / "train.py", *command(place, tmp_path / "whole", "--epochs", "2"))
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+train.main(sys.argv[1:], after_step=lambda run: run.step == 3)
+""")
+    torchrun(script, *command(place, tmp_path / "parts", "--epochs", "2"))
+    assert len(load_checkpoint(tmp_path / "parts" / "last.pt").history["step_loss"]) == 3
+    done = torchrun(HERE / "train.py", *command(place, tmp_path / "parts", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")

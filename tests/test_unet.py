@@ -1,7 +1,9 @@
 """The laws of the network: its size, its wiring, and what it must not depend on."""
 
 import ctypes
+import inspect
 import itertools
+import math
 import re
 import sys
 
@@ -11,9 +13,11 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import unet as script
+import unet
 from strategies import FEW, SEED, normal
-from unet import Attention, UNet, describe, pick_device, timestep_embedding
+from unet import (
+    Attention, Halve, ResidualBlock, UNet, describe, pick_device, prepare_device,
+    timestep_embedding)
 
 
 def seeded(build, seed: int = 0, redraw: bool = False):
@@ -60,11 +64,12 @@ def test_every_parameter_is_used(name, gradients):
 
 @pytest.fixture(scope="module")
 def gradients():
+    """The gradient of each parameter of a network without zeros, and their largest entry."""
     model = seeded(UNet, redraw=True)
     model(normal(0, 8, 1, 28, 28), torch.arange(1, 1000, 125)).square().mean().backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    found["largest"] = max(g.abs().max() for g in found.values())
-    return found
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients["largest"] = max(gradient.abs().max() for gradient in gradients.values())
+    return gradients
 
 
 @FEW
@@ -104,12 +109,12 @@ def test_t_matters(seed, ts):
 
 def test_every_block_is_told_t():
     """Each residual block alone answers differently to two time features."""
-    blocks = [m for m in MODEL.modules() if isinstance(m, script.ResidualBlock)]
+    blocks = [m for m in MODEL.modules() if isinstance(m, ResidualBlock)]
     assert len(blocks) == 8
     for block in blocks:
         x = normal(0, 1, block.conv1.in_channels, 4, 4)
-        a, b = (block(x, normal(seed, 1, block.film.in_features)) for seed in (1, 2))
-        assert (a - b).abs().max() > 1e-3
+        answers = [block(x, normal(seed, 1, block.film.in_features)) for seed in (1, 2)]
+        assert (answers[0] - answers[1]).abs().max() > 1e-3
 
 
 @FEW
@@ -120,7 +125,8 @@ def test_gain_adds_a_multiple_of_the_input(seed, t):
     with torch.no_grad():
         for p in model.gain.parameters():
             p.copy_(normal(seed, *p.shape))
-        xt, t = normal(seed, 1, 1, 8, 8), torch.tensor([t])
+        xt = normal(seed, 1, 1, 8, 8)
+        t = torch.tensor([t])
         time = model.time_mlp(timestep_embedding(t, model.config["embedding"]).double())
         echo = (model.gain.weight[0] * time[0]).sum() + model.gain.bias[0]
         assert (model(xt, t) - echo * xt).abs().max() < 1e-12
@@ -132,8 +138,11 @@ def test_gain_adds_a_multiple_of_the_input(seed, t):
 
 def drawing(model: UNet, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """What the drawing at the top of unet.py says, with the weights of a default network but
-    without its modules: each operation written out, each image enlarged pixel by pixel."""
-    w, groups, heads = model.state_dict(), model.config["groups"], model.config["heads"]
+    without its modules: each operation written out, each image enlarged pixel by pixel.
+    """
+    w = model.state_dict()
+    groups = model.config["groups"]
+    heads = model.config["heads"]
 
     def linear(name, x):
         return x @ w[name + ".weight"].T + w[name + ".bias"]
@@ -161,14 +170,15 @@ def drawing(model: UNet, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         y = norm(name + ".norm", x)
         q, k, v = (conv(f"{name}.{part}", y).flatten(2).chunk(heads, dim=1)
                    for part in ("query", "key", "value"))
-        seen = []
+        received = []
         for i in range(heads):
             fit = torch.exp(q[i].transpose(1, 2) @ k[i] / q[i].shape[1] ** 0.5)  # (B, HW, HW)
-            seen.append(v[i] @ (fit / fit.sum(2, keepdim=True)).transpose(1, 2))
-        return x + conv(name + ".out", torch.cat(seen, dim=1).reshape(x.shape))
+            received.append(v[i] @ (fit / fit.sum(2, keepdim=True)).transpose(1, 2))
+        return x + conv(name + ".out", torch.cat(received, dim=1).reshape(x.shape))
 
     def halve(name, x):
-        y, place = conv(name + ".conv", x, stride=2), w[name + ".place"]
+        y = conv(name + ".conv", x, stride=2)
+        place = w[name + ".place"]
         # Pixel i of n stands at i/n of the way, which is in pixel i/n * 14 of 14, rounded down.
         row, column = (torch.arange(n) * place.shape[-1] // n for n in y.shape[2:])
         return y + place[:, row][:, :, column]
@@ -212,12 +222,11 @@ def test_network_is_its_drawing(seed):
 @FEW
 @given(SEED, st.sampled_from([8, 14, 28]))
 def test_only_halving_tells_where_a_place_is(seed, size):
-    """Of an image that is the same everywhere, the convolution of stride 2 makes one that is the
-    same everywhere but at the rim, where it meets zeros; the learned image makes the difference.
-
-    Attention, section 3.5, has learned positions as one of two ways.
+    """From an image that is the same everywhere, the convolution of stride 2 makes one that is the
+    same everywhere except at the border, where it meets zeros; the learned image makes the
+    difference. (Attention, section 3.5, names learned positions as one of two ways.)
     """
-    halve = seeded(lambda: script.Halve(4, 6, 7), seed, redraw=True)
+    halve = seeded(lambda: Halve(4, 6, 7), seed, redraw=True)
     flat = normal(seed, 2, 4, 1, 1).expand(2, 4, size, size)
     with torch.no_grad():
         inside = halve(flat)[:, :, 1:-1, 1:-1]
@@ -259,16 +268,22 @@ def test_attention_equals_plain_loops():
     """
     x = normal(0, 1, 24, 2, 3)
     normed = ATTENTION.norm(x).flatten(2)[0]  # (24, 6)
-    q, k, v = (torch.stack([m.weight[:, :, 0, 0] @ normed[:, i] + (m.bias if m.bias is not None
-                                                                   else 0) for i in range(6)], 1)
-               for m in (ATTENTION.query, ATTENTION.key, ATTENTION.value))
-    seen = torch.zeros(24, 6, dtype=torch.float64)
+
+    def project(layer):
+        matrix = layer.weight[:, :, 0, 0]
+        columns = torch.stack([matrix @ normed[:, i] for i in range(6)], dim=1)
+        return columns if layer.bias is None else columns + layer.bias[:, None]
+
+    q = project(ATTENTION.query)
+    k = project(ATTENTION.key)
+    v = project(ATTENTION.value)
+    received = torch.zeros(24, 6, dtype=torch.float64)
     for head, i in itertools.product(range(2), range(6)):
         rows = slice(12 * head, 12 * head + 12)
         score = torch.stack([q[rows, i] @ k[rows, j] / 12**0.5 for j in range(6)])
         share = score.exp() / score.exp().sum()
-        seen[rows, i] = sum(share[j] * v[rows, j] for j in range(6))
-    out = ATTENTION.out.weight[:, :, 0, 0] @ seen + ATTENTION.out.bias[:, None]
+        received[rows, i] = sum(share[j] * v[rows, j] for j in range(6))
+    out = ATTENTION.out.weight[:, :, 0, 0] @ received + ATTENTION.out.bias[:, None]
     assert (ATTENTION(x) - x - out.reshape(1, 24, 2, 3)).abs().max() < 1e-12
 
 
@@ -292,7 +307,6 @@ def test_embeddings_of_all_t_are_apart():
 @given(st.integers(0, 10_000), st.sampled_from([4, 10, 40, 256]))
 def test_embedding_equals_its_formula(t, dim):
     """sin(t w_i), then cos(t w_i), w_i = 10000^(-i/(dim/2 - 1)). [Attention section 3.5]"""
-    import math
     half = dim // 2
     row = timestep_embedding(torch.tensor([t]), dim)[0]
     for i in range(half):
@@ -313,18 +327,41 @@ def test_embedding_equals_its_formula(t, dim):
     (lambda: MODEL(normal(0, 1, 28, 28), torch.tensor([1])), "(B, 1, H, W)"),
     (lambda: MODEL(normal(0, 2, 1, 28, 28), torch.tensor([1])), "one for each image"),
     (lambda: MODEL(normal(0, 2, 1, 28, 28), torch.tensor(1)), "one for each image"),
-    (lambda: UNet(channels=(20, 32, 64)), "multiples of groups"),
-    (lambda: UNet(channels=(24, 32, 60), groups=4, heads=8), "multiples of groups"),
-    (lambda: UNet(channels=(8, 16)), "one number for each resolution"),
-    (lambda: UNet(embedding=5), "embedding must be even"),
-    (lambda: UNet(channels=(8, 8, 8, 8), blocks=(1, 1, 1, 1)), "size must halve 3 times"),
     (lambda: timestep_embedding(torch.tensor([1]), 5), "even dimension"),
     (lambda: timestep_embedding(torch.tensor([1]), 2), "even dimension"),
 ])
-def test_sizes_that_do_not_fit_are_refused(call, message):
+def test_shapes_that_do_not_fit_are_refused(call, message):
     """A wrong shape is a ValueError that names the right one, not a crash in a deep layer."""
-    with torch.random.fork_rng(devices=[]), pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("sizes, blamed, message", [
+    ({"channels": (8, 16)}, "blocks, channels",
+     "channels and blocks need one number for each resolution, not 2 and 3"),
+    ({"blocks": (1, 1, 1, 1)}, "blocks, channels",
+     "channels and blocks need one number for each resolution, not 3 and 4"),
+    ({"channels": (20, 32, 64)}, "channels, groups",
+     "channels (20, 32, 64) must be multiples of groups = 8"),
+    ({"groups": 5}, "channels, groups", "channels (32, 32, 48) must be multiples of groups = 5"),
+    ({"channels": (24, 32, 60), "groups": 4, "heads": 8}, "channels, heads",
+     "the last of the channels (24, 32, 60) must be a multiple of heads = 8"),
+    ({"heads": 5}, "channels, heads",
+     "the last of the channels (32, 32, 48) must be a multiple of heads = 5"),
+    ({"channels": (8, 8, 8, 8), "blocks": (1, 1, 1, 1)}, "size",
+     "size must halve 3 times, which 28 does not"),
+    ({"size": 30}, "size", "size must halve 2 times, which 30 does not"),
+    ({"embedding": 5}, "embedding", "embedding must be even, not 5")])
+def test_size_that_does_not_fit_is_blamed_alone(sizes, blamed, message):
+    """If an argument of UNet does not fit, the message names it, the one that it does not fit to,
+    and no other.
+    """
+    arguments = inspect.signature(UNet).parameters
+    with torch.random.fork_rng(devices=[]), pytest.raises(ValueError) as error:
+        UNet(**sizes)
+    assert str(error.value) == message
+    named = {name for name in arguments if re.search(rf"\b{name}\b", message)}
+    assert ", ".join(sorted(named)) == blamed
 
 
 @pytest.mark.parametrize("sizes", [
@@ -337,39 +374,77 @@ def test_networks_of_other_sizes_work(sizes):
     again = seeded(lambda: UNet(**model.config))
     again.load_state_dict(model.state_dict())
     size = sizes.get("size", 28)
-    x, t = normal(1, 2, 1, size, size), torch.tensor([1, 500])
+    x = normal(1, 2, 1, size, size)
+    t = torch.tensor([1, 500])
     y = model(x, t)
     assert y.shape == x.shape and y.isfinite().all() and y.std() > 0
     assert torch.equal(again(x, t), y)
 
 
+class Mallopt:
+    """In place of the C library: notes the calls of mallopt, and makes them."""
+
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def __init__(self):
+        self.calls = []
+
+    def mallopt(self, *call):
+        self.calls.append(call)
+        return self.library.mallopt(*call)
+
+
+@pytest.fixture
+def mallopt(monkeypatch) -> Mallopt:
+    recorder = Mallopt()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: recorder)
+    return recorder
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the names are those of Linux's C library")
-def test_memory_of_the_layers_is_kept(monkeypatch):
-    """malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD -3, each an int. Both are set on a CPU, to
-    a gigabyte or more, which mallopt(3) accepts."""
-    calls, library = [], ctypes.CDLL(None)
+def test_memory_of_the_layers_is_kept(mallopt):
+    """malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD -3, each an int. For a CPU both are set to
+    a gigabyte or more, which mallopt(3) accepts. For a GPU they are left alone.
+    """
+    prepare_device(torch.device("cuda"))
+    assert mallopt.calls == []
+    prepare_device(torch.device("cpu"))
+    assert mallopt.calls == [(-1, 2**31 - 1), (-3, 2**30)]
+    assert [Mallopt.library.mallopt(*call) for call in mallopt.calls] == [1, 1]
 
-    class Recorder:
-        def __init__(self, name):
-            self.mallopt = lambda *call: calls.append(call) or library.mallopt(*call)
 
-    monkeypatch.setattr(script.ctypes, "CDLL", Recorder)
-    pick_device("cpu")
-    assert calls == [(-1, 2**31 - 1), (-3, 2**30)]
-    assert [library.mallopt(*call) for call in calls] == [1, 1]
+@pytest.mark.parametrize("name", ["cuda", "mps", "cpu"])
+def test_only_preparing_a_device_changes_settings(name, mallopt, monkeypatch):
+    """pick_device chooses and changes nothing; prepare_device has convolutions computed in float32
+    and not in TensorFloat-32, whatever was set before.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: name == "mps")
+    for allowed in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        device = pick_device("auto")
+        assert device.type == name and pick_device(name) == device
+        assert torch.backends.cudnn.allow_tf32 is allowed and mallopt.calls == []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    prepare_device(device)
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 @pytest.mark.parametrize("cuda, mps, first", [
     (True, True, "cuda"), (False, True, "mps"), (True, False, "cuda"), (False, False, "cpu")])
 def test_auto_is_the_first_device_there_is(cuda, mps, first, monkeypatch):
-    """cuda before mps before cpu; one that is not there is refused, with those that are."""
+    """cuda comes before mps and mps before cpu. A device that is not available is refused, and the
+    message names those that are.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert pick_device("auto").type == first
-    there = {"cuda": cuda, "cuda:1": cuda, "cuda:2": False, "mps": mps, "cpu": True, "abacus": False}
-    for name, here in there.items():
-        if here:
+    known = {"cuda": cuda, "cuda:1": cuda, "cuda:2": False, "mps": mps, "cpu": True,
+             "abacus": False}
+    for name, available in known.items():
+        if available:
             assert pick_device(name) == torch.device(name)
         else:
             with pytest.raises(ValueError, match=f"{name}.*auto.*cpu"):
@@ -379,14 +454,15 @@ def test_auto_is_the_first_device_there_is(cuda, mps, first, monkeypatch):
 def test_table_counts_every_product():
     """Multiply-adds: for each number that a layer puts out, the products that it is a sum of.
 
-    A convolution sums kernel x kernel x channels of them, a linear layer its inputs. Attention takes
-    two products of (places x channels) with (channels x places) numbers or the like.
+    A convolution sums kernel x kernel x channels of them, a linear layer its inputs. Attention
+    takes two products of (places x channels) with (channels x places) numbers or the like.
     """
     model = seeded(UNet).float()
     rows = describe(model)
-    assert sum(row[2] for row in rows) == 324_705
-    assert [row[0] for row in rows][:3] == ["time_mlp", "stem", "encoder 0 0"]
-    assert dict((row[0], row[1]) for row in rows)["encoder 2 1"] == (48, 7, 7)
+    shapes = {name: shape for name, shape, _, _ in rows}
+    assert sum(parameters for _, _, parameters, _ in rows) == 324_705
+    assert list(shapes)[:3] == ["time_mlp", "stem", "encoder 0 0"]
+    assert shapes["encoder 2 1"] == (48, 7, 7)
     total = 0
 
     def count(layer, inputs, output):
@@ -400,11 +476,11 @@ def test_table_counts_every_product():
         layer.register_forward_hook(count)
     with torch.no_grad():
         model(torch.zeros(1, 1, 28, 28), torch.ones(1, dtype=torch.long))
-    assert sum(row[3] for row in rows) == total
+    assert sum(multiply_adds for _, _, _, multiply_adds in rows) == total
 
 
 def test_script_prints_the_table(capsys):
     """python unet.py ends with the total."""
     with torch.random.fork_rng(devices=[]):
-        script.main()
+        unet.main()
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["total", "324,705"]
