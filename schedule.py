@@ -1,16 +1,18 @@
 """Part 1. The forward process: how an image becomes noise, and what is known in closed form.
 
 A diffusion model learns to undo a process that destroys images. That process itself is not learned.
-It is a fixed chain of T small Gaussian steps; this file derives what is known about it exactly.
+It is a fixed chain of T small Gaussian steps; this file derives what is known about it exactly. To
+make an image, Part 3 starts from pure noise and goes back one step at a time; each step back draws
+x_{t-1} when x_t is given.
 
     python schedule.py [--kind cosine]       the schedule as a table, and a numerical check
 
 NOTATION. x₀ is a clean image with pixels in [-1, 1], x_t the image after t noisy steps. N(m, v) is
 the Gaussian distribution with mean m and variance v, and N(x; m, v) its density at x. q stands for
 the distributions of the noising chain, p_θ for those of the model, where θ are the weights of its
-network. E is an average, E_q an average over q. A bar marks a product over steps (ᾱ_t), a tilde
-what belongs to a step back when x₀ is known (β̃_t, μ̃_t). ∝ means equal up to a constant factor.
-All noise is independent from pixel to pixel, so this file may be read for a single pixel.
+network. E is an average, E_q an average over q. A bar marks a product over steps (ᾱ_t), and a tilde
+marks what belongs to a step back when x₀ is known (β̃_t, μ̃_t). ∝ means equal up to a constant
+factor. All noise is independent from pixel to pixel, so this file may be read for a single pixel.
 
 ONE CONVENTION FOR TIME. Arrays have T+1 entries, and their index is the subscript of the papers:
 `beta[t]` is β_t for t = 1..T. Entry 0 stands for the clean image, with β₀ = 0 and ᾱ₀ = 1. So the
@@ -23,8 +25,9 @@ CONTENTS. NoiseSchedule: 1. the numbers β_t, α_t, ᾱ_t; 2. one noisy step; 3.
 4. one step back, if x₀ is known; 5. the same mean in terms of the noise. Below the line: checks of
 arguments, and the table.
 
-Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021,
-arXiv 2102.09672. [VDM] Kingma, Salimans, Poole and Ho 2021, arXiv 2107.00630.
+Sources: [DDPM] Ho, Jain and Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv
+2006.11239. [IDDPM] Nichol and Dhariwal 2021, "Improved ...", arXiv 2102.09672. [VDM] Kingma,
+Salimans, Poole and Ho 2021, "Variational Diffusion Models", arXiv 2107.00630.
 """
 
 import argparse
@@ -34,8 +37,8 @@ import torch
 
 KINDS = ("linear", "cosine")  # of schedules
 
-# Sampling starts from pure noise, so at t = T only this share of the image may be left.
-MAX_SIGNAL = 0.02  # the default schedule leaves 0.006
+# Sampling starts from pure noise, so the factor √ᾱ_T on the image may be no larger than this.
+MAX_SIGNAL = 0.02  # in the default schedule it is 0.006
 
 
 class NoiseSchedule:
@@ -50,8 +53,8 @@ class NoiseSchedule:
     Attributes: T, and the float64 tensors beta, alpha, alpha_bar, beta_tilde of length T+1.
     Raises ValueError, with advice, for a schedule that cannot work.
 
-    In all methods images are (B, C, H, W), floating point; t is an int or (B,) integers on any
-    device. They raise ValueError for a t out of range and TypeError for images of bytes.
+    In all methods images are (B, C, H, W), batch by channels by height by width, floating point; t
+    is an int or (B,) integers on any device. They raise ValueError for a t out of range and TypeError for images of bytes.
     """
 
     # --------------------------------------------------- 1. The numbers β_t, α_t, ᾱ_t
@@ -60,13 +63,13 @@ class NoiseSchedule:
     # 0.0001 to 0.02: the steps are small while the image is clean and every bit of noise shows,
     # and larger when little is left to spoil. α_t = 1 - β_t is the share of the image's variance
     # that step t keeps, and ᾱ_t = α_1 α_2 ··· α_t is the share that t steps keep. The pixels
-    # themselves are multiplied by the square roots of these.
+    # themselves are multiplied by the square roots of these (section 2).
     #
-    # At the end ᾱ_1000 is 4.04e-5. The image has then been multiplied by √ᾱ_1000 = 0.006, so 0.6 %
-    # of it is left. This must be little, because sampling will start from noise that contains no
-    # digit at all. With the same β_1 and β_T but T = 200, √ᾱ_T would be 36 %: every x_T in training
-    # would still show its digit faintly, and the network would never have seen the pure noise from
-    # which sampling starts. Such a schedule is refused.
+    # At the end ᾱ_1000 is 4.04e-5, and the pixels have been multiplied by √ᾱ_1000 = 0.006. This
+    # must be little, because sampling will start from noise that contains no digit at all. With the
+    # same β_1 and β_T but T = 200, √ᾱ_T would be 0.36: every x_T in training would still show its
+    # digit faintly, and the network would never have seen the pure noise from which sampling
+    # starts. Such a schedule is refused.
 
     def __init__(self, T: int = 1000, kind: str = "linear", beta_start: float = 1e-4,
                  beta_end: float = 0.02, allow_signal: bool = False):
@@ -76,8 +79,8 @@ class NoiseSchedule:
             betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         elif kind == "cosine":
             # ᾱ_t = f(t)/f(0), with f as below, falls more evenly than in the linear schedule, whose
-            # last quarter is almost pure noise. Then α_t = ᾱ_t/ᾱ_{t-1} = f(t)/f(t-1). The offset
-            # 0.008 keeps the first steps from being too small, the cap at 0.999 keeps ᾱ_T above 0.
+            # last quarter is almost pure noise. Then α_t = ᾱ_t/ᾱ_{t-1} = f(t)/f(t-1). Without the
+            # offset 0.008, β_1 would be nearly 0; without the cap at 0.999, ᾱ_T would be 0.
             share = torch.arange(T + 1, dtype=torch.float64) / T
             f = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -102,7 +105,7 @@ class NoiseSchedule:
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)  # ᾱ₀ = 1: all signal
         check_signal(self.alpha_bar, allow_signal)
 
-        # The variance of a step back, derived above q_posterior. β̃₀ has no meaning and stays 0;
+        # The variance of a step back, derived in section 4. β̃₀ has no meaning and stays 0;
         # β̃₁ = 0 follows from ᾱ₀ = 1.                                             [DDPM Eq. 7]
         self.beta_tilde = torch.zeros_like(self.beta)
         self.beta_tilde[1:] = betas * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
@@ -211,8 +214,8 @@ class NoiseSchedule:
     #
     # The first factor need not mention x₀, because x_t depends on x₀ only through x_{t-1}. The
     # constant left out is 1 / q(x_t | x₀), which contains no x_{t-1}. Both factors are Gaussians
-    # that we know. Write y for x_{t-1}. As functions of y they multiply, for t ≥ 2 and up to a
-    # factor without y, to exp(-S/2) with
+    # that we know. Write y for x_{t-1}. For t ≥ 2 their product, as a function of y, is exp(-S/2)
+    # times a factor without y, where
     #
     #       S = (x_t - √α_t y)² / β_t  +  (y - √ᾱ_{t-1} x₀)² / (1-ᾱ_{t-1})
     #         =   y² [ α_t/β_t + 1/(1-ᾱ_{t-1}) ]
@@ -220,7 +223,7 @@ class NoiseSchedule:
     #
     # where the dots contain no y. For a Gaussian with mean μ̃ and variance β̃, S would be
     # (y - μ̃)²/β̃ = y²/β̃ - 2y μ̃/β̃ + ... So the first bracket is 1/β̃_t. Over a common denominator
-    # its numerator is α_t (1-ᾱ_{t-1}) + β_t, which is 1-ᾱ_t, as above:
+    # the numerator of the bracket is α_t (1-ᾱ_{t-1}) + β_t, which is 1-ᾱ_t, as above:
     #
     #       1/β̃_t = (1-ᾱ_t) / [ β_t (1-ᾱ_{t-1}) ],   so   β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
     #
@@ -280,7 +283,7 @@ class NoiseSchedule:
     #
     # In words: remove a share of the noise, then undo the shrinking of step t. So a network that
     # predicts the noise in x_t is all that a step back needs. No method computes this form, but
-    # train.py builds the loss on it, and p_step in sample.py comes to the same mean.
+    # train.py builds the loss on it, and p_step in sample.py has the same mean.
 
     # --------------------------------------------- What the methods above have in common
 
@@ -301,7 +304,8 @@ class NoiseSchedule:
             raise ValueError(f"{len(value)} values of t for a batch of {len(x)} images")
         value = value.to(x.dtype).to(x.device)  # cast, then move: some devices have no float64
         if value.dim() == 1:
-            value = value.reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, 1, 1)
+            ones = [1] * (x.dim() - 1)
+            value = value.reshape(-1, *ones)  # (B, 1, 1, 1)
         return value
 
     def _signal_and_noise(self, t, x: torch.Tensor, lowest: int) -> tuple[torch.Tensor, ...]:
@@ -327,7 +331,7 @@ def check_betas(betas: torch.Tensor) -> None:
 def check_signal(alpha_bar: torch.Tensor, allow_signal: bool) -> None:
     """Raise ValueError if too much of the image is left at t = T, or too little to compute with."""
     signal = math.sqrt(alpha_bar[-1])
-    if signal < 1.2e-38:  # no normal number of float32; predict_x0 divides by it
+    if signal < 1.2e-38:  # below this float32 loses precision, and predict_x0 divides by it
         raise ValueError("alpha_bar_T is too small; use smaller or fewer betas")
     if signal > MAX_SIGNAL and not allow_signal:
         # For small β, ln ᾱ_T is about -Σβ_t, so this factor on all β brings √ᾱ_T to the bound.
@@ -347,7 +351,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def print_table(schedule: NoiseSchedule) -> None:
-    """The numbers of a schedule at eleven t and at t = 1."""
+    """The numbers of a schedule at eleven t and at t = 1; SNR as 10 log10 of it, in decibels."""
     print(f"{'t':>5} {'beta':>10} {'alpha_bar':>11} {'SNR [dB]':>9} {'beta_tilde':>11}")
     for t in sorted({round(schedule.T * k / 10) for k in range(11)} | {1}):
         decibel = 10 * torch.log10(schedule.snr(t)).item()

@@ -19,8 +19,8 @@ them. An "image" inside the network has many channels, one for each filter of th
 Each part answers a need:
 
   * Whether a bright spot is noise or a bit of a stroke depends on what is around it. At 7x7 a 3x3
-    convolution sees a large part of the digit at little cost. Hence the way down, and the way up.
-    The size is halved twice and not three times, because 7 is odd.
+    convolution sees a large part of the digit at little cost. Hence the way down to 7x7, and the
+    way back up to the size of the noise. The size is halved twice, not three times: 7 is odd.
   * Noise is a matter of single pixels, and halving destroys these. So the image of each size is
     kept on the way down and given to the way up, stacked as further channels ("skip connection").
   * How much of x_t is noise depends on t, and what to do at each size depends on that. So every
@@ -30,17 +30,18 @@ Each part answers a need:
   * At large t the noise is nearly x_t itself. A shortcut, not drawn above, adds a multiple of x_t
     to the output; t decides how much (see the end of UNet.forward).
 
-How much do they contribute? For three of these choices we trained the network without them for 3
-epochs and compared the loss on test digits. It is 4.7 % higher without GroupNorm (see
-ResidualBlock) and 3.0 % higher if only the blocks at 7x7 are told t. Without attention it is the
-same: eight convolutions at 7x7 reach across the image, too. Attention stays because most UNets have
-it. (One run each; two seeds differ by 0.3 %. The design itself was chosen earlier, by the loss on
-training digits held out for the purpose.)
+How much do they contribute? We trained without some of them for 3 epochs and compared the loss on
+test digits (the mean squared error of the predicted noise). If only the blocks at 7x7 are told t,
+it is 3.0 % higher; without the normalisation of ResidualBlock, 4.7 %. Without attention it is the
+same: the eight convolutions at 7x7 reach across the image, too. Attention stays because most UNets
+have it. (One run each; two seeds differ by 0.3 %. The design itself was chosen earlier, by the loss
+on training digits held out for the purpose.)
 
-The default network has exactly 324,705 parameters, as many as the network of the blog whose figures
-this project redraws (README.md names it). It matters where they are: a weight of a convolution is
-used 784 times at 28x28 and 49 times at 7x7. So 7x7 has two blocks each way, the other sizes one,
-and most of the weights are there. The few at 28x28, 13 % of all, still take 61 % of the arithmetic.
+The default network has exactly 324,705 parameters, as many as that of the blog series
+"Deconstructing Diffusion Models", whose figures this book redraws. It matters where they are. A
+weight of a convolution is used 784 times at 28x28, but 49 times at 7x7, for a sixteenth of the
+arithmetic. So 7x7 has two blocks each way, the other sizes one, and most of the weights are there.
+The few at 28x28, 13 % of all, still take 61 % of the arithmetic.
 
 CONTENTS. 1. How the network is told t. 2. The residual block. 3. Attention. 4. Halving the image.
 5. The UNet. Below the line: the device, and the table.
@@ -94,10 +95,10 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 #
 # If the last layer of f starts at zero, the block at first hands on its input, as if it were not
 # there, and training begins with a simple network. A weight of zero still learns: its gradient is
-# its input times the error behind it, and its own value does not occur in that. The layers before
-# it get no gradient in the first step, since zeros pass none on, but they do from the second step
-# on. The head and the shortcut of the network start at zero, too. So the first answer is 0 for
-# every image, and the first loss is mean(ε²), about 1.
+# its input times the gradient that arrives from the next layer, and the weight itself occurs in
+# neither. Zeros pass no gradient on to the layers before them, so these learn a step or two later,
+# once the zeros have moved. The head and the shortcut of the network start at zero, too. So the
+# first answer is 0 for every image, and the first loss is mean(ε²), about 1.
 
 def zero(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     """Set the weights and the bias of a layer to zero, and return it."""
@@ -116,9 +117,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, time_width: int, groups: int):
         super().__init__()
-        # GroupNorm divides the channels into groups, brings each group to mean 0 and variance 1,
-        # then rescales every channel by learned factors. It works on one image at a time. BatchNorm
-        # would mix the statistics of images with different t, which differ in their noise.
+        # GroupNorm divides the channels into groups, brings each group to mean 0 and variance 1
+        # over its channels and all pixels of one image, then scales and shifts every channel by
+        # learned numbers. BatchNorm, the other usual choice, takes mean and variance over all
+        # images of a batch. It would mix images of different t, which differ in their noise.
         self.norm1 = nn.GroupNorm(groups, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels)
@@ -133,10 +135,13 @@ class ResidualBlock(nn.Module):
 
         # t sets a scale and a shift for every channel ("feature-wise linear modulation", FiLM), so
         # that a channel can be loud at some noise levels and silent at others.           [FiLM]
-        # The layer gives 2C numbers for each image. einops splits them into C scales and C shifts,
-        # and adds two dimensions of size 1, so that each applies to the whole channel.
+        #
+        # einops moves dimensions about as a pattern says: on the left of the arrow those of the
+        # input, on the right those of the output. Brackets join several into one. Here the layer
+        # gives 2C numbers for each image. They are split into C scales and C shifts, with two
+        # dimensions of size 1 added, so that each applies to a whole channel.
         scale, shift = rearrange(self.film(time), "b (two c) -> two b c 1 1", two=2)
-        h = self.norm2(h) * (1 + scale) + shift
+        h = self.norm2(h) * (1 + scale) + shift  # a scale of 0 leaves the channel as it is
 
         return x + self.conv2(F.silu(h))
 
@@ -145,7 +150,7 @@ class ResidualBlock(nn.Module):
 #
 # A convolution sees only neighbours. In attention every place of the image emits a query (what it
 # looks for), a key (what it offers) and a value (what it passes on). It receives the average of all
-# values, weighted by how well its query fits the keys. The softmax turns these fits into positive
+# values, weighted by how well its query fits the keys. The softmax turns these scores into positive
 # weights that sum to 1. Several attention heads (not to be confused with the head of the network)
 # do this side by side, each on a part of the channels.
 
@@ -171,6 +176,8 @@ class Attention(nn.Module):
 
     def weights(self, normed: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, heads, HW, HW); row i says where place i looks, and sums to 1."""
+        # Split the channels into heads of d channels each, and join rows and columns into one list
+        # of places.
         split = "b (head d) h w -> b head (h w) d"
         q = rearrange(self.query(normed), split, head=self.heads)
         k = rearrange(self.key(normed), split, head=self.heads)
@@ -194,10 +201,9 @@ class Attention(nn.Module):
 #
 # A convolution of stride 2 computes every other place only. Unlike pooling, which takes a mean or a
 # maximum, it can learn what to keep. But a convolution does the same at every place and does not
-# know where in the image that is; only at the border it notices the zeros of the padding. Yet
+# know where in the image that is; only at the border does it notice the zeros of the padding. Yet
 # strokes are likely in the middle and rare in the corners. So a learned image, the same for every
-# input, is added to the halved one and tells each place where it is, as the positional embedding
-# does in a transformer.
+# input, is added to the halved one and tells each place where it is.
 
 class Halve(nn.Module):
     """Halve the image, and let each place know where it is.
@@ -208,7 +214,7 @@ class Halve(nn.Module):
 
     def __init__(self, before: int, after: int, size: int):
         super().__init__()
-        # A bias would be one more learned image, the same everywhere, so there is none.
+        # A bias would be one more learned image, of one constant value, so there is none.
         self.conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
         self.place = nn.Parameter(torch.zeros(after, size, size))
 
@@ -226,7 +232,7 @@ class UNet(nn.Module):
     channels     channels at each size, largest image first; multiples of groups
     blocks       residual blocks at each size, on the way down and again on the way up
     embedding    dimension of the sinusoidal embedding of t
-    time_hidden  hidden width of the perceptron that follows it
+    time_hidden  hidden width of the two-layer perceptron (MLP) that follows it
     time_width   width of the time features that every block receives
     heads        attention heads at the smallest size
     groups       groups of every GroupNorm
@@ -277,18 +283,19 @@ class UNet(nn.Module):
             [Attention(smallest, heads, groups), Attention(smallest, heads, groups)])
 
         # At each size, what comes from the next smaller one and what was kept are stacked and mixed
-        # by a 1x1 convolution. At the smallest size the output of attention takes the first place.
+        # by a 1x1 convolution. At the smallest size nothing comes from below; the output of
+        # attention is used instead.
         self.merge = nn.ModuleList()
-        for level, width in enumerate(channels):
-            from_below = channels[level + 1] if level + 1 < len(channels) else smallest
-            self.merge.append(nn.Conv2d(from_below + width, width, 1))
+        from_below = [*channels[1:], smallest]
+        for below, width in zip(from_below, channels):
+            self.merge.append(nn.Conv2d(below + width, width, 1))
 
         # Back to one grey channel.
         self.head = nn.Sequential(
             nn.GroupNorm(groups, channels[0]), nn.SiLU(),
             zero(nn.Conv2d(channels[0], 1, 3, padding=1)))
 
-        # Two numbers for the shortcut from x_t to the output, which t sets.
+        # Two numbers, computed from t, for the shortcut from x_t to the output.
         self.gain = zero(nn.Linear(time_width, 2))
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -382,7 +389,7 @@ def pick_device(name: str) -> torch.device:
 
 def prepare_device(device: torch.device) -> None:
     """Set what must be set before a network computes on a device."""
-    # GPUs shall compute in float32, not with the 10 bits of TensorFloat-32 in convolutions.
+    # GPUs should compute in float32, not with the 10 bits of TensorFloat-32 in convolutions.
     torch.backends.cudnn.allow_tf32 = False
 
     # On a CPU, the C library would give the memory of each layer back to Linux, and then get it
