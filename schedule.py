@@ -54,7 +54,8 @@ class NoiseSchedule:
     Raises ValueError, with advice, for a schedule that cannot work.
 
     In all methods images are (B, C, H, W), batch by channels by height by width, floating point; t
-    is an int or (B,) integers on any device. They raise ValueError for a t out of range and TypeError for images of bytes.
+    is an int or (B,) integers on any device. They raise ValueError for a t out of range and
+    TypeError for images of bytes.
     """
 
     # --------------------------------------------------- 1. The numbers β_t, α_t, ᾱ_t

@@ -19,16 +19,19 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
                  sizes of the network, the noise schedule, the options, the losses so far
     last.pt      what --resume needs: all of model.pt, and the weights in training, the state of
                  Adam (the optimiser) and of the random generator, the order of the images
-    epoch-N.pt   the averaged weights after epoch N, in half precision, to look back at
+    epoch-N.pt   model.pt as it was after epoch N, to look back at; half the size, because its
+                 weights have 16 bits each instead of 32
 
 All are written at the end of each epoch, the first two also after the very first step. Ctrl-C
 finishes the step under way and writes the first two. An epoch (one pass over the images) prints one
 line: its training loss, the loss on images that are held out (see evaluate), and beside them the
-training loss that the blog, whose figures this project redraws, published for this epoch.
+training loss that the blog "Deconstructing Diffusion Models", whose figures this book redraws,
+published for this epoch.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
-averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images,
-the model files, several processes, signals, options and the command line.
+averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
+(and what to change for 32x32 colour images), the model files, several processes, signals, options
+and the command line.
 
 The notation is that of schedule.py. Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma
 et al. 2021, arXiv 2107.00630.
@@ -60,8 +63,8 @@ from unet import UNet, pick_device, prepare_device
 HERE = Path(__file__).resolve().parent
 
 # The blog's training loss in epochs 1 to 15, each the mean over the steps of the epoch. Ours ends
-# at a third of it, with the same images, noise levels and number of parameters: the network of
-# unet.py and a higher learning rate that falls make the difference.
+# at a third of it, with the same images, noise levels and number of parameters. The network of
+# unet.py and a higher learning rate, which falls to 0 at the end, make the difference.
 BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0716, 0.0693,
              0.0686, 0.0670, 0.0644, 0.0632, 0.0619)
 
@@ -91,7 +94,7 @@ class Config:
     batch_size: int = option(128, "images per step")
     lr: float = option(3e-3, "highest learning rate of Adam")
     warmup: float = option(0.04, "share of the steps in which the learning rate rises")
-    ema: float = option(0.999, "highest decay of the averaged weights, per step")
+    ema: float = option(0.999, "highest decay of the averaged weights (see update_average)")
     clip: float = option(1.0, "greatest length of the gradient")
     T: int = option(1000, "noisy steps")
     schedule: str = option("linear", f"noise schedule: {', '.join(KINDS)}")
@@ -127,10 +130,11 @@ class Config:
 #       p_θ(x₀, ..., x_T) = p(x_T) · p_θ(x_{T-1} | x_T) ··· p_θ(x₀ | x₁)
 #
 # The network provides the mean μ_θ. The variance σ_t² is fixed beforehand; sample.py says how. A
-# Gaussian is the right form for a step back if β_t is small. Then x_{t-1} must lie close to x_t. In
-# so small a region log q(x_{t-1}) is nearly a straight line, and by Bayes' rule q(x_{t-1}|x_t) is
-# the Gaussian factor q(x_t|x_{t-1}), only shifted a little. Three steps lead from here to a plain
-# squared error.
+# Gaussian is the right form for a step back if β_t is small. By Bayes' rule q(x_{t-1}|x_t) is
+# proportional to q(x_t|x_{t-1}) q(x_{t-1}). The first factor is a Gaussian so narrow that x_{t-1}
+# must lie close to x_t. In so small a region the logarithm of the second is nearly a straight line,
+# and a Gaussian times the exponential of a straight line is the same Gaussian, only shifted. Three
+# steps lead from here to a plain squared error.
 #
 # First step: a bound. p_θ(x₀) is an integral over every path x₁, ..., x_T that ends at x₀, which no
 # one can compute. Multiplied and divided by q(x₁, ..., x_T | x₀), it becomes an average over the
@@ -161,13 +165,14 @@ class Config:
 #                                                                exact one, q_posterior
 #       - log p_θ(x₀ | x₁)                                       the last step back   [DDPM Eq. 5]
 #
-# A KL of steps still depends on x_t, the last line on x₁: these are drawn from q, given x₀, and the
-# lines averaged over them. The first line contains no weights, so training cannot change it.
+# The KL for t still depends on x_t, and the last line on x₁. Each line is averaged over these, drawn
+# from q given x₀. The first line contains no weights, so training cannot change it.
 #
 # Third step: each KL is a squared error. The exact step back has mean μ̃_t and variance β̃_t. In
 # E_q[log q - log p_θ] only -log p_θ depends on θ. For each pixel it is (x_{t-1} - μ_θ)² / (2σ_t²)
-# plus a constant. Averaged over x_{t-1}, a square is the variance plus the squared distance of the
-# means: β̃_t + (μ̃_t - μ_θ)². Summed over the pixels (‖·‖² is such a sum of squares):
+# plus a constant. Averaged over x_{t-1}, the square is the variance of x_{t-1} plus the squared
+# distance of its mean from μ_θ: β̃_t + (μ̃_t - μ_θ)². Summed over the pixels (‖·‖² is such a sum of
+# squares):
 #
 #       KL = ‖μ̃_t - μ_θ‖² / (2σ_t²) + constant                                        [DDPM Eq. 8]
 #
@@ -178,7 +183,7 @@ class Config:
 #       β_t² / (2 σ_t² α_t (1-ᾱ_t)) · ‖ε - ε_θ(x_t, t)‖²                             [DDPM Eq. 12]
 #
 # The last step back has the same form: -log p_θ(x₀|x₁) is ‖x₀ - μ_θ‖² / (2σ_1²) plus a constant,
-# and x₀ is μ̃_1. (This needs σ_1² > 0. A sampler may set it to 0; who computes the bound may not.)
+# and x₀ is μ̃_1. (This needs σ_1² > 0: without noise in the last step the bound is infinite.)
 # So to make the bound small, the network must predict the noise. DDPM then drops the factor:
 #
 #       L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²                            [DDPM Eq. 14]
@@ -188,11 +193,13 @@ class Config:
 #
 # What changes without the factor? With σ_t² = β_t and the linear schedule it is 0.50 at t = 1,
 # 0.010 at t = 100, lowest (0.0050) at t = 349, and 0.010 at t = 1000. So L_simple gives far less
-# weight to small t. That is where the likelihood is decided: measured in bits per pixel (the base-2
-# logarithm of the probability of the exact grey levels, 256 to choose from), the bound of the
-# shipped model in pretrained/ is 1.56 bits, and 88 % of these belong to t up to 50. L_simple spends
-# 5 % of its draws there and the rest on the shape of the digit. It is no longer maximum likelihood,
-# and the pictures are better for it (DDPM, section 3.4).
+# weight to small t than the bound does, compared with the other t. And small t are where the bound
+# is decided. For the shipped model in pretrained/ it is 1.56 bits per pixel with the best σ_t² for
+# each t, and 88 % of that belongs to t up to 50. (Images have 256 grey levels. If the last step's
+# density is integrated over the interval of each level, the bound is one on -log₂ of the
+# probability of an image; divided by 784 pixels, it tells how many bits a pixel costs to store.)
+# L_simple spends 5 % of its draws on these t and the rest on the shape of the digit. Training is no
+# longer maximum likelihood then, and the pictures are better for it (DDPM, section 3.4).
 #
 # Why not predict x₀, from which the noise follows? It is possible. But by q_sample an error in ε is
 # √ᾱ_t / √(1-ᾱ_t) times that in x₀, so a plain squared error of x₀ weighs the t quite differently,
@@ -229,10 +236,12 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
 #       2      x₀ ~ q(x₀)                   take training images
 #       3      t ~ Uniform(1, ..., T)       draw a noise level for each
 #       4      ε ~ N(0, 1)                  and noise for each pixel
-#       5      step along the negative gradient of ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖² by θ
+#       5      change θ along the negative gradient of ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²
 #       6  until converged
 #
-# `run` holds what changes from step to step: network, average, optimiser, random generator.
+# `run` holds what changes from step to step: run.model (the network), run.average, run.adam (the
+# optimiser) and run.generator (the source of randomness). run.network is run.model, too, wrapped if
+# several processes share the work.
 
 def training_step(run: "Run", x0: torch.Tensor) -> torch.Tensor:
     """Take one step of gradient descent on a batch of clean images.         [DDPM Algorithm 1]
@@ -283,7 +292,8 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     It rises linearly to config.lr while Adam's running averages are still unreliable, then falls
     linearly to 0 so that the weights settle.
     """
-    # The blog's constant learning rate of 2e-4 makes the held-out loss 16 % higher after 3 epochs.
+    # With the blog's constant learning rate of 2e-4 instead, the held-out loss of our network was
+    # 16 % higher after 3 epochs.
     rising_steps = max(1, round(config.warmup * steps))
     rise = (step + 1) / rising_steps
     fall = (steps - step) / max(1, steps - rising_steps)
@@ -384,7 +394,8 @@ def train(config: Config, resume: bool = False,
         # Let the caller look in, and perhaps stop the run.
         halt = told_to_stop(run, after_step)
 
-        # Check now and then that the losses are finite; to read them off a GPU makes it wait.
+        # Check that the losses are finite, but not after every step: reading a number from a GPU
+        # makes the program wait until the GPU has finished.
         save_now = run.step == 1 or run.epoch_is_complete or halt
         if save_now or run.steps_into_epoch % 20 == 0:
             run.read_losses()
@@ -443,8 +454,8 @@ class Run:
 
         # The second of Adam's decays, by which it remembers the size of gradients, is usually
         # 0.999. Here it is 0.99: in a short run the gradients change quickly, and 0.99 forgets old
-        # ones within about 100 steps. (PyTorch calls the decays betas. They
-        # have nothing to do with β_t.)
+        # ones within about 100 steps. PyTorch calls the decays betas; they have nothing to do with
+        # β_t. fused=True computes the same numbers, faster.
         self.adam = torch.optim.Adam(self.model.parameters(), lr=config.lr, betas=(0.9, 0.99),
                                      fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -593,7 +604,7 @@ def next_batch(run: Run, training: torch.Tensor) -> torch.Tensor:
 
 
 def progress(run: Run) -> tqdm:
-    """A bar that counts the steps still to be taken; hidden unless it is a person who looks."""
+    """A bar that counts the steps still to be taken; shown only in a terminal."""
     hidden = None if is_first_process() else True  # None lets tqdm look for a terminal
     return tqdm(range(run.step, run.steps), initial=run.step, total=run.steps, disable=hidden)
 
@@ -917,7 +928,8 @@ def noted_signals() -> Iterator[list[int]]:
 
 # ------------------------------------------------------------ options and the command line
 
-NAMES = {"dataset": DATASETS, "schedule": KINDS}  # that an option may have
+# The names that an option may have, and the lowest and the highest value of the others.
+NAMES = {"dataset": DATASETS, "schedule": KINDS}
 LIMITS = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "lr": (1e-9, 1), "warmup": (0, 1),
           "ema": (0, 0.999999), "clip": (1e-9, math.inf), "T": (2, 10**6), "seed": (0, 2**63 - 1),
           "images": (0, 10**9), "val_images": (0, 10**6)}
