@@ -97,7 +97,7 @@ BUGS = [
         "test_schedule.py::test_cosine_follows_the_squared_cosine",
         "lilianweng/lilianweng.github.io#9"),
     Bug("factor_per_row_not_per_image", "schedule.py",
-        "value.reshape(-1, *[1] * (x.dim() - 1))", "value",
+        "value.reshape(-1, *ones)", "value",
         "test_schedule.py::test_each_image_has_its_own_t",
         "jolibrain/joliGEN#527, IrisRainbowNeko/HCP-Diffusion#82"),
     Bug("beta_of_one_or_more_accepted", "schedule.py",

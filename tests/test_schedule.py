@@ -113,12 +113,13 @@ def test_cosine_follows_the_squared_cosine():
 
 
 def test_cosine_keeps_the_image_longer():
-    """At t = 750 the linear schedule has left 6 % of the image, the cosine 38 %. The offset makes
-    the first step 17 times as large; without the cap on beta nothing would be left at T.
+    """At t = 750 the linear schedule has left 6 % of the image, the cosine 38 %. Without the offset
+    beta_1 would be 17 times smaller, 2.5e-6; without the cap on beta nothing would be left at T.
     """
     for schedule, left in zip(SHIPPED, ("6%", "38%")):
         assert f"{schedule.alpha_bar[750].sqrt().item():.0%}" == left
     first_without_offset = 1 - math.cos(math.pi / 2 / 1000) ** 2
+    assert f"{first_without_offset:.1e}" == "2.5e-06"
     assert f"{SHIPPED[1].beta[1].item() / first_without_offset:.0f}" == "17"
     assert math.cos(math.pi / 2) ** 2 < 1e-32
 
@@ -161,7 +162,8 @@ def iterated(schedule: NoiseSchedule) -> list[tuple[float, float]]:
     """
     moments = [(1.0, 0.0)]
     for t in range(1, schedule.T + 1):
-        g, s = schedule.q_step(ONE, t, ZERO).item(), schedule.q_step(ZERO, t, ONE).item()
+        g = schedule.q_step(ONE, t, ZERO).item()
+        s = schedule.q_step(ZERO, t, ONE).item()
         mean, variance = moments[-1]
         moments.append((g * mean, g * g * variance + s * s))
     return moments
@@ -304,7 +306,8 @@ def test_jumps_are_associative_on_shipped_schedules(schedule):
 
 def test_noise_level_zero_is_the_image():
     """alpha_bar_0 = 1: x_0 comes back untouched from q_sample and predict_x0 at t = 0."""
-    x0, eps = normal(0, 3, 1, 4, 4), normal(1, 3, 1, 4, 4)
+    x0 = normal(0, 3, 1, 4, 4)
+    eps = normal(1, 3, 1, 4, 4)
     assert torch.equal(SHIPPED[0].q_sample(x0, 0, eps), x0)
     assert torch.equal(SHIPPED[0].predict_x0(x0, 0, eps), x0)
 
@@ -342,9 +345,10 @@ def test_both_forms_of_the_posterior_mean_agree(drawn, seed):
     For any x_t and eps, with the x_0 that they imply; x_0 is up to 1/sqrt(alpha_bar_t) large.
     """
     schedule, t = drawn
-    xt, eps = normal(seed, 2, 1, 3, 3), normal(seed + 1, 2, 1, 3, 3)
+    xt, eps = (normal(seed + k, 2, 1, 3, 3) for k in range(2))
     mean, _ = schedule.q_posterior(schedule.predict_x0(xt, t, eps), xt, t)
-    beta, alpha_bar = schedule.beta[t].item(), schedule.alpha_bar[t].item()
+    beta = schedule.beta[t].item()
+    alpha_bar = schedule.alpha_bar[t].item()
     by_noise = (xt - beta / math.sqrt(1 - alpha_bar) * eps) / math.sqrt(1 - beta)
     close(mean, by_noise, 1e-9)
 
@@ -357,8 +361,10 @@ def compare_with_bayes(schedule: NoiseSchedule, t: int, x0: float, xt: float) ->
     # q(y | x_0) has b and vb. Their product is narrower than each, which tells where to put the
     # grid: 12 standard deviations around, 120 points in each. A sum over so fine a grid equals the
     # integral of a Gaussian to rounding.
-    a, va = xt / math.sqrt(1 - beta), beta / (1 - beta)
-    b, vb = math.sqrt(before) * x0, 1 - before
+    a = xt / math.sqrt(1 - beta)
+    va = beta / (1 - beta)
+    b = math.sqrt(before) * x0
+    vb = 1 - before
     width = math.sqrt(min(va, vb))
     middle = a if va < vb else b
     reach = abs(a - b) + 12 * width
@@ -430,7 +436,7 @@ def test_image_and_noise_convert_into_each_other(drawn, seed):
     The first divides by sqrt(alpha_bar_t) >= 1e-4, the second by sqrt(1 - alpha_bar_t) >= 3e-3.
     """
     schedule, t = drawn
-    x0, eps = normal(seed, 2, 1, 3, 3), normal(seed + 1, 2, 1, 3, 3)
+    x0, eps = (normal(seed + k, 2, 1, 3, 3) for k in range(2))
     xt = schedule.q_sample(x0, t, eps)
     close(schedule.predict_x0(xt, t, eps), x0, 1e-14 / schedule.alpha_bar[t].sqrt().item())
     close(schedule.predict_eps(xt, t, x0), eps, 1e-12)
