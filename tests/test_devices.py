@@ -59,8 +59,8 @@ def test_watch_sees_what_it_should():
 
 
 def test_sampling_makes_no_float64_on_the_device():
-    """A chain of every sampler and variance, with and without clipping, makes float32 alone, and all
-    images are contiguous.
+    """A chain of every sampler and variance, clipped and not, makes float32 alone, and all images
+    are contiguous.
     """
     with torch.device("meta"):
         model = UNet()
