@@ -1,4 +1,4 @@
-"""Part 3, continued. The figures of the book, drawn from a trained model.
+"""Part 3, continued. The figures of this book (these five scripts), drawn from a trained model.
 
     python plots.py                  all figures
     python plots.py loss grid        only these two; --help lists their names
@@ -6,7 +6,7 @@
 WHAT TO EXPECT. All figures together take a minute or two on two CPU cores, most of it to sample 32
 digits in 1,000 steps. Each is written as a PNG file (the animation as a GIF), and its name is
 printed. Figures of the shipped model go into figures/, those of your own finished run in runs/mnist
-into that run's folder. This script only draws; it never trains and never measures.
+into runs/mnist/figures/. This script only draws; it never trains and never measures.
 
 HOW TO READ IT. Each figure has a function plot_NAME. Its docstring says what is drawn, what there
 is to see, and how it was measured. Functions above it compute or draw its parts.
@@ -52,7 +52,7 @@ SHOWN = 4  # its position in SEEDS
 
 # Blue, orange, green and grey that colour-blind readers can tell apart (Okabe and Ito).
 OURS = "#0072B2"
-BLOG = "#D55E00"
+BLOG = "#D55E00"  # or a second of our own curves
 THIRD = "#009E73"
 FAINT = "#777777"
 
@@ -130,7 +130,8 @@ def draw_rows(title: str, rows: list[tuple[str, torch.Tensor, str]]) -> Figure:
 # ------------------------------------------------------------------- 2. Figures of the model
 #
 # They need only a model file with its history. For trajectory, grid and animation, 32 digits are
-# sampled in T steps. If the model has been measured (section 3), two of the figures show more.
+# sampled in T steps. If the model has been measured (section 3), forward shows real digits, and
+# loss shows what the losses can be compared with.
 
 def forward_images(schedule: NoiseSchedule, x0: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Noise clean images x0, (N, 1, H, W), to eight levels; returns a list of (t, x_t).
@@ -154,7 +155,7 @@ def draw_schedules(factors: Axes, ratio: Axes, T: int, kinds: Sequence[str]) -> 
         factors.plot(alpha_bar**0.5, style, color=OURS, label=f"signal, {kind}")
         factors.plot((1 - alpha_bar)**0.5, style, color=BLOG, label=f"noise, {kind}")
 
-        # Leave out t = T: β_T of the cosine schedule is capped, which makes one step of 30 dB.
+        # Leave out t = T: β_T of the cosine schedule is capped, and its ratio drops by 30 decibels.
         decibels = 10 * schedule.snr(torch.arange(1, T)).log10().numpy()
         ratio.plot(range(1, T), decibels, style, color=THIRD, label=kind)
 
@@ -266,7 +267,7 @@ def draw_range_over_seeds(ax: Axes, runs: list[dict]) -> None:
     if len(runs) > 1:
         lowest, highest = range_over_seeds(runs)
         ax.fill_between(range(1, len(lowest) + 1), lowest, highest, color=THIRD, alpha=0.3,
-                        label=f"{len(runs)} seeds")
+                        label=f"held-out, range over {len(runs)} seeds")
 
 
 def draw_linear_loss(ax: Axes, linear: torch.Tensor) -> None:
@@ -279,19 +280,20 @@ def draw_linear_loss(ax: Axes, linear: torch.Tensor) -> None:
 def plot_loss(material: Material) -> Figure:
     """How well does the network learn, epoch by epoch?
 
-    Our training loss falls almost entirely in the first two epochs and ends at a third of the
-    blog's. Our held-out loss begins far below it, because the training loss also counts the poor
-    weights of the first steps. The blog's network passes the best linear denoiser only in its
-    eighth epoch. Runs that differ only in their seed end with nearly the same loss.
+    Nearly all of the fall of our training loss happens in the first two epochs, and it ends at a
+    third of the blog's. Our held-out loss begins far below our training loss, which also counts the
+    poor weights of the first steps. The blog's network passes the best linear denoiser only in its
+    eighth epoch. Runs that differ only in their seed have nearly the same loss: the band of three
+    seeds is hardly wider than the curve.
 
         training loss          the mean squared error of the predicted noise, averaged over the
                                steps of an epoch. The blog published the same number
         held-out loss          the same error on images that are never trained on, measured after
                                the epoch with the moving average of the weights
         best linear denoiser   of all guesses at the noise that are linear in x_t, the one with the
-                               least error. It follows from the mean and the covariance of the
-                               training images: `python -m tests.experiments.measure --data DIR
-                               difficulty`
+                               least error. That error is known in closed form for images with given
+                               means and covariances; those of the training images are taken. By
+                               `python -m tests.experiments.measure --data DIR difficulty`
         seeds                  the band from the lowest to the highest held-out loss of several
                                runs, trained by `python -m tests.experiments.seeds --data DIR`
     """
@@ -308,7 +310,7 @@ def plot_loss(material: Material) -> Figure:
     held_out = "validation" if config.val_images else "test"
     draw_losses(ax, history["loss"], OURS, "ours, training", lift=6)
     draw_losses(ax, history["held_out"], THIRD,
-                f"ours, averaged weights, {held_out} images", lift=-6)
+                f"ours, held-out (averaged weights, {held_out} images)", lift=-6)
 
     # Draw what they can be compared with, as far as it has been measured.
     if "loss" in material.claims:
@@ -328,7 +330,7 @@ def plot_loss(material: Material) -> Figure:
 
 
 def plot_trajectory(material: Material) -> Figure:
-    """What does the network see, and what does it expect, on the way from noise to a digit?
+    """What does the network see, and what does it predict, on the way from noise to a digit?
 
     The upper row is x_t, one image that the ancestral sampler (Algorithm 2 of DDPM: T small steps,
     each with fresh noise) turns from noise into a digit. Below each x_t is x̂₀, the clean image
@@ -353,7 +355,7 @@ def plot_trajectory(material: Material) -> Figure:
     for ax, name in zip(axes[:, 0], ("$x_t$", r"$\hat x_0$")):
         ax.set_ylabel(name, rotation=0, labelpad=14, va="center", fontsize=13)
     figure.suptitle(f"{material.dataset}: denoising seed {SEEDS[SHOWN]}. The noisy image, and the "
-                    "clean image that the network expects", fontsize=12)
+                    "clean image that the network predicts", fontsize=12)
     return figure
 
 
@@ -389,6 +391,17 @@ def animation_frames(material: Material) -> list[Image.Image]:
 # docstrings measure them once and save them beside the model; DIR is the folder with MNIST. The
 # measurements are drawn only for the model file that they were made of. The numbers quoted in the
 # docstrings are those of the shipped model.
+#
+# They check what the blog claims:
+#
+#   figure       the blog                                            what we found
+#   difficulty   t near 10 is hard, and so is t near 950             the second is easy
+#   decided      the digit's identity locks in from t = 400 to 100   mostly before t = 400
+#   noise        without fresh noise all samples would be the same   true of p_step, not of DDIM
+#   copies       no sample is a copy of a training digit             true
+#   epochs       early epochs give smudges, the last sharp digits    strokes are sharp at once
+#   bits         the objective is one of maximum likelihood          only with the factors that it
+#                                                                    drops: small t decide
 #
 # "The classifier" is the same one in all of them: a small convolutional network that was trained to
 # name digits and is right on 99.6 % of the test images (pretrained/yardstick.pt).
@@ -457,15 +470,16 @@ def plot_difficulty(material: Material) -> Figure:
     On the left is the loss at each t after the first, a middle and the last epoch. From t = 10 to
     t = 950 it falls by a factor of 4,000: at small t the noise is faint and easily taken for a part
     of the digit, at large t nearly everything in the image is noise. The network is far better than
-    the best linear denoiser at small t, and from about t = 700 on no better. On the right is the
-    share of the whole loss that lies at 1..t; half of it lies at t below 139.
+    the best linear denoiser at small t, less than 10 % better from t = 550 on and no better from
+    t = 700 on. On the right is the share of the whole loss that lies at 1..t; half of it lies at t
+    below 139.
 
         loss                   the mean squared error of the predicted noise at this t, on the
                                10,000 test images, ten of them at each t, with the moving average of
                                the weights after the epoch. On the left it is averaged over groups
                                of T/100 neighbouring t
         best linear denoiser   of all guesses at the noise that are linear in x_t, the one with the
-                               least error; it follows from the mean and the covariance of the
+                               least error, for images with the means and covariances of the
                                training images
 
     Measured by `python -m tests.experiments.measure --data DIR difficulty`:
@@ -497,9 +511,9 @@ def plot_difficulty(material: Material) -> Figure:
 
 
 def decided_from(levels: dict[int, dict[str, float]], share: float = 0.9) -> int:
-    """The largest t at which this share of the restarts end as the same numeral; 0 if none.
+    """The largest t from which this share of the reruns end as the same numeral; 0 if none.
 
-    levels  {t: what was measured for restarts at t}; see plot_decided
+    levels  {t: what was measured for reruns from t}; see plot_decided
     """
     return max((t for t, row in levels.items() if row["class"] >= share), default=0)
 
@@ -515,26 +529,27 @@ def draw_phases(ax: Axes, T: int) -> None:
 def plot_decided(material: Material) -> Figure:
     """When is it decided which digit a chain will draw?
 
-    Finished chains are restarted at each t on the horizontal axis. Restarts at t = 600 end as the
-    same numeral as the original in 28 % of the cases, restarts at t = 300 in 94 %: the numeral is
-    decided in between. The phases of the blog, written above the curves, place this later: when its
-    phase "identity locks in" begins, at t = 400, already 84 % of the restarts keep the numeral.
-    Coarse detail (green) is settled before the pixels (orange) and the fine detail (grey).
+    Chains are run again from each t on the horizontal axis. Reruns from t = 600 end as the same
+    numeral as the original in 28 % of the cases, reruns from t = 300 in 94 %: the numeral is
+    decided in between. The blog divides the chain into four phases, written above the curves: until
+    t = 600 static, until 400 a blob, until 100 "identity locks in", then polish. That places the
+    decision later: at t = 400 already 84 % of the reruns keep the numeral. Coarse detail (green) is
+    settled before the pixels (orange) and the fine detail (grey).
 
-        restart            x_t is taken from a finished chain, and the steps from t to 0 are run
+        rerun              x_t is taken from a finished chain, and the steps from t to 0 are taken
                            again with other noise. At t = T not even x_T is kept, which shows what
                            chance alone gives
-        same numeral       the classifier gives the same name to the original and to the restart
+        same numeral       the classifier gives the same name to the original and to the rerun
         likeness           1 - |difference|²/|difference of unrelated chains|²: 1 is the same
                            picture, 0 is as different as two unrelated ones
         detail present     1 - |x̂₀ - x₀|²/|x₀ - mean|², where x₀ is the finished image, x̂₀ the
                            network's prediction of it at t, and mean the mean of all finished
-                           images: 1 if all is there, 0 if nothing is but the mean. Coarse detail
-                           are the low frequencies (waves of at most 3.5 periods across the image),
-                           fine detail all higher ones. Negative values are drawn as 0
+                           images: 1 if all is there, 0 if nothing is but the mean. Every image is
+                           a sum of waves; coarse detail are those with at most 3.5 periods across
+                           the image, fine detail all others. Negative values are drawn as 0
 
     Measured by `python -m tests.experiments.measure --data DIR decided` on 32 chains of the
-    ancestral sampler (Algorithm 2 of DDPM), each restarted three times at each t:
+    ancestral sampler (Algorithm 2 of DDPM), each run again three times from each t:
         levels    {t: {"class": ..., "pixels": ..., "low": ..., "high": ...}}, the four curves
     """
     levels = material.claims["decided"]["levels"]
@@ -544,8 +559,8 @@ def plot_decided(material: Material) -> Figure:
 
     # Draw the four curves.
     for key, color, style, label in (
-            ("class", OURS, "o-", "restarts that end as the same numeral"),
-            ("pixels", BLOG, "s-", "likeness of restarts, by pixel"),
+            ("class", OURS, "o-", "reruns that end as the same numeral"),
+            ("pixels", BLOG, "s-", "likeness of reruns, by pixel"),
             ("low", THIRD, "^--", "coarse detail present in the prediction"),
             ("high", FAINT, "v--", "fine detail present in the prediction")):
         shares = [max(0, row[key]) for row in levels.values()]
@@ -554,8 +569,8 @@ def plot_decided(material: Material) -> Figure:
     # Write the blog's phases above them. Let t fall from left to right, as in a chain.
     draw_phases(ax, T)
     ax.set(xlim=(T, 0), ylim=(0, 1.1), ylabel="share",
-           xlabel="t at which the chain goes on with other noise (above: the blog's phases)",
-           title=f"Nine of ten restarts keep the numeral from t = {decided_from(levels)} on")
+           xlabel="t from which the chain is run again with other noise (above: the blog's phases)",
+           title=f"Nine of ten reruns from t = {decided_from(levels)} end as the same numeral")
     ax.legend(loc="center left", fontsize=10)
     return figure
 
@@ -598,8 +613,8 @@ def plot_noise(material: Material) -> Figure:
     # Say in the title what they are to be compared with.
     samples = measurements["ddim 50"]["count"]  # the same in all rows
     spread = measurements["test images"]["spread"]
-    return draw_rows(f"Variance of the fresh noise; {samples} samples by kind (spread of test "
-                     f"digits: {spread:.2g})", rows)
+    return draw_rows(f"Variance of the fresh noise; {samples} samples counted by digit (spread of "
+                     f"test digits: {spread:.2g})", rows)
 
 
 def alternate_rows(upper: torch.Tensor, lower: torch.Tensor, columns: int = 8) -> torch.Tensor:
@@ -692,21 +707,21 @@ def plot_bits(material: Material) -> Figure:
     """How many bits does the model need for a pixel, and at which t?
 
     On the left is the number of bits per pixel that each t costs, on the right their sum over 1..t,
-    for three choices of the variance σ_t² of the sampler's step. At most 1.563 bits are needed for
-    a pixel of a test digit (with the optimal variance), which takes 8 bits uncompressed. With β̃_t,
-    89 % of the bits are spent at t up to 50, where the image is nearly clean and to which the
-    training loss gives little weight.
+    for three choices of the variance σ_t² of the sampler's step. A pixel of a test digit takes 8
+    bits uncompressed; with the optimal variance at most 1.563 are needed. Most of the bits are
+    spent at t up to 50, where the image is nearly clean and to which the training loss gives little
+    weight: 89 % with β̃_t, 88 % with the optimal variance.
 
         bits per pixel    an image to which the model gives the probability p can be stored in
                           -log2 p bits. The variational bound (train.py, section 1) is a sum over t
                           that is at least as large; here it is divided by the number of pixels.
-                          Its term of t ≥ 2 measures how far the model's step from t to t - 1 is
-                          from the exact one, its term of t = 1 what it then costs to name x₀,
-                          given x₁
+                          The term for t ≥ 2 measures how far the model's step from t to t - 1 is
+                          from the exact one, and the term for t = 1 what it costs to name x₀ when
+                          x₁ is known. The part of x_T is less than 0.00005 and not drawn; the
+                          totals contain it
         optimal           the variance that makes each term as small as possible: β̃_t plus the mean
-                          squared error of the predicted mean of the step. For t = 1, where β̃₁ = 0,
-                          the best of many values was taken (and β̃₂ in the place of β̃₁ for the
-                          curve β̃_t)
+                          squared error of the predicted mean of the step. At t = 1 it is the best
+                          of many values. (The curve β̃_t has β̃₂ there, because β̃₁ is 0.)
         ±                 the standard error of the mean over the test images
 
     Measured by `python -m tests.experiments.bound --data DIR` on the 10,000 test images, for each
@@ -741,8 +756,8 @@ def plot_bits(material: Material) -> Figure:
 def is_shown(chain: str) -> bool:
     """Whether the samplers figure has a row for this chain.
 
-    Names such as "ddim 20" are a sampler and its number of steps. A comma announces something
-    else: another variance or network, which other figures and tables show, or restarts.
+    Names such as "ddim 20" are a sampler and its number of steps. What follows a comma is a change:
+    restarts, which are shown, or another variance or network, which other figures and tables show.
     """
     return "," not in chain or "restart" in chain
 
@@ -753,8 +768,9 @@ def plot_samplers(material: Material) -> Figure:
     Each row shows eight samples. On its left stand the sampler and its number of steps, on its
     right the distance of its samples to test digits and the time that 32 samples take on two CPU
     cores. With fresh noise, 20 steps of sde-dpm++ are as good as 1,000 of ddpm (distances 4.3 and
-    4.9). The samplers without fresh noise, ddim and dpm++, come closer to the test digits with more
-    steps, but remain behind. The best digits of all are restarted ones (2.9).
+    4.9; a repetition with other seeds may differ by 1, so 5.9 for its 50 steps means no more than
+    that). The samplers without fresh noise, ddim and dpm++, come closer to the test digits with
+    more steps, but remain behind. The best digits of all are restarted ones (2.9).
 
         ddpm         the ancestral sampler, Algorithm 2 of DDPM, with fresh noise in each step
         ddim         a sampler without fresh noise, which uses the noise that is in x_t again
@@ -767,10 +783,11 @@ def plot_samplers(material: Material) -> Figure:
                      into 64 features (its last layer but one). Two sets of images, with means μ₁,
                      μ₂ and covariance matrices C₁, C₂ of these features, are at the distance
                          |μ₁ - μ₂|² + trace(C₁ + C₂ - 2 (C₁C₂)^½)
-                     which is 0 if both agree. It is large for digits of poor quality, and also for
-                     good ones of too little variety. It depends on the number of images, so compare
-                     only rows with the same number. The title gives it for real digits: sets of
-                     training images of that number
+                     which is 0 if both agree. (It is the least mean squared distance by which mass
+                     must be moved to turn one Gaussian with these moments into the other.) It is
+                     large for digits of poor quality, and also for good ones of too little variety.
+                     It depends on the number of images, so compare only rows with the same number.
+                     The title gives it for real digits: sets of training images of that number
 
     Measured by `python -m tests.experiments.measure --data DIR samplers`:
         chains    {chain: its numbers}, among them seconds and distances = {number of images: ...}
@@ -786,13 +803,13 @@ def plot_samplers(material: Material) -> Figure:
             count = max(row["distances"])  # the largest number of images is the most reliable
             note = (f"distance {row['distances'][count]:.1f}\n"
                     f"of {count:,} images\n"
-                    f"32 in {row['seconds']:.2g} s")
+                    f"32 digits in {row['seconds']:.2g} s")
             rows.append((chain.replace(" ", "\n"), measurements["images"][chain], note))
 
     # Say in the title what the distances are to be compared with.
     real = ", ".join(f"{mean:.1f} of {count:,}"
                      for count, (mean, _) in measurements["floor"].items())
-    return draw_rows("Samplers, steps, and distance to test digits (that of real digits:\n"
+    return draw_rows("Samplers, steps, and Fréchet distance to test digits (that of real digits:\n"
                      f"{real} images)", rows)
 
 

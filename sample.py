@@ -7,8 +7,9 @@
 
 WHAT TO EXPECT. On two CPU cores 32 digits take about a minute in 1,000 steps and 2 seconds in 20.
 Of 2,000 digits, 77 % were clear to a classifier, which gave them a probability above 0.9 of being
-some digit; the others show strokes of the right kind that form no numeral. The picture goes beside the model file, or into runs/pretrained/ if that is the shipped
-one. Your own finished run in runs/mnist/ is used if there is one.
+some digit; the others show strokes of the right kind that form no numeral. The picture goes beside
+the model file, or into runs/pretrained/ if that is the shipped one. Your own finished run in
+runs/mnist/ is used if there is one.
 
 The shipped model is pretrained/model.pt, which this project trained and brings along.
 
@@ -186,8 +187,8 @@ def p_step(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
 #     variance from v_t to v_s. If λ² = 0.27, the variance of MNIST's pixels (as a mean over the
 #     image), 1,000 steps end at 0.268.
 #
-# A part of the noise can be fresh, too. η = 0 is DDIM as above, and η = 1 has as much fresh noise as
-# p_step:
+# A part of the noise can be fresh, too. η = 0 is DDIM as above, and η = 1 has as much fresh noise
+# as p_step:
 #
 #       x_s = √ᾱ_s x̂₀ + √(1-ᾱ_s-σ²) ε̂ + σ z,      σ² = η² β̃_t                    [DDIM Eq. 16]
 #
@@ -232,13 +233,13 @@ def noise_again(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch
 #
 #       x_s / √(1-ᾱ_s) = r_s x̂₀ + ε̂
 #
-# Before the step, likewise, x_t / √(1-ᾱ_t) = r_t x̂₀ + ε̂. So the step changes x/√(1-ᾱ) by
-# (r_s - r_t) x̂₀: the path of x/√(1-ᾱ), drawn over r, has the slope x̂₀. A DDIM step follows this path
-# exactly if x̂₀ stays as it is during the step. But x̂₀ becomes clearer all the time. DPM-Solver++(2M)
-# assumes instead that x̂₀ changes linearly with u = log r. It draws a line through the last two
-# predictions, and uses the x̂₀ that this line gives half-way to the next level. ("2M" stands for
-# second order, in multiple steps.) For Gaussian data and a perfect network, 10 such steps are as
-# exact as 50 of DDIM.
+# Before the step, likewise, x_t / √(1-ᾱ_t) = r_t x̂₀ + ε̂. So the step changes x/√(1-ᾱ) by (r_s -
+# r_t) x̂₀: the path of x/√(1-ᾱ), drawn over r, has the slope x̂₀. A DDIM step follows this path
+# exactly if x̂₀ stays as it is during the step. But x̂₀ becomes clearer all the time.
+# DPM-Solver++(2M) assumes instead that x̂₀ changes linearly with u = log r. It draws a line through
+# the last two predictions, and uses the x̂₀ that this line gives half-way to the next level. ("2M"
+# stands for second order, in multiple steps.) For Gaussian data and a perfect network, 10 such
+# steps are as exact as 50 of DDIM.
 #
 # A trained network makes mistakes, though, and a step without fresh noise passes them on, as a part
 # of ε̂, to the next image. With our network, extrapolation alone gains nothing: in 20 steps the

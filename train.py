@@ -165,8 +165,8 @@ class Config:
 #                                                                exact one, q_posterior
 #       - log p_θ(x₀ | x₁)                                       the last step back   [DDPM Eq. 5]
 #
-# The KL for t still depends on x_t, and the last line on x₁. Each line is averaged over these, drawn
-# from q given x₀. The first line contains no weights, so training cannot change it.
+# The KL for t still depends on x_t, and the last line on x₁. Each line is averaged over these,
+# which q draws when x₀ is given. The first line contains no weights, so training cannot change it.
 #
 # Third step: each KL is a squared error. The exact step back has mean μ̃_t and variance β̃_t. In
 # E_q[log q - log p_θ] only -log p_θ depends on θ. For each pixel it is (x_{t-1} - μ_θ)² / (2σ_t²)

@@ -288,7 +288,7 @@ def test_figures_of_claims_state_what_was_measured(material):
     curve = script.plot_difficulty(material).axes[1].lines[0].get_ydata()
     assert curve[-1] == pytest.approx(1) and curve[0] == pytest.approx(1 / FALLING.sum().item())
     assert titles(script.plot_decided(material)) == [
-        "Nine of ten restarts keep the numeral from t = 6 on"]
+        "Nine of ten reruns from t = 6 end as the same numeral"]
     assert notes(script.plot_noise(material)) == [
         "spread 0.25\nclear 75%\n0-4 1 1 1 4 0\n5-9 0 1 1 1 0"] * 4
     assert "digits: 0.3)" in script.plot_noise(material).get_suptitle()
@@ -303,7 +303,7 @@ def test_figures_of_claims_state_what_was_measured(material):
     assert "1.000 $\\pm$ 0.010" in bits.axes[1].get_legend().get_texts()[0].get_text()
     samplers = script.plot_samplers(material)
     # Of the most images that there are, for plain chains and restarted ones.
-    assert notes(samplers) == 2 * ["distance 4.5\nof 2,000 images\n32 in 0.5 s"]
+    assert notes(samplers) == 2 * ["distance 4.5\nof 2,000 images\n32 digits in 0.5 s"]
     assert "digits:\n1.2 of 500, 1.0 of 2,000 images)" in samplers.get_suptitle()
 
 
@@ -463,9 +463,9 @@ def numbers_in_docstrings() -> list[tuple[str, str]]:
 
     # Shares and distances of samples.
     kept = {t: f"{row['class']:.0%}" for t, row in claims["decided"]["levels"].items()}
-    quotes.append(("decided", f"at t = 600 end as the same numeral as the original in {kept[600]}"))
-    quotes.append(("decided", f"at t = 300 in {kept[300]}"))
-    quotes.append(("decided", f"at t = 400, already {kept[400]} of"))
+    quotes.append(("decided", f"from t = 600 end as the same numeral as the original in {kept[600]}"))
+    quotes.append(("decided", f"from t = 300 in {kept[300]}"))
+    quotes.append(("decided", f"at t = 400 already {kept[400]} of"))
     clear = claims["samplers"]["test images"]["confident"]
     quotes.append(("noise", f"{clear:.0%} for test digits"))
     quotes.append(("noise", f"{claims['noise']['ddpm 1000, zero']['confident']:.0%} without noise"))
@@ -473,14 +473,17 @@ def numbers_in_docstrings() -> list[tuple[str, str]]:
     quotes.append(("copies", f"is {samples:.3f} for samples and {test:.3f} for test digits"))
     distances = {chain: row["distance"] for chain, row in claims["samplers"]["chains"].items()}
     for chain, words in (("sde-dpm++ 20", "1,000 of ddpm (distances {:.1f}"),
-                         ("ddpm 1000", "and {:.1f})"),
+                         ("ddpm 1000", "and {:.1f};"),
+                         ("sde-dpm++ 50", "so {:.1f} for its 50 steps"),
                          ("sde-dpm++ 20, restarted", "restarted ones ({:.1f})")):
         quotes.append(("samplers", words.format(distances[chain])))
 
     # Bits per pixel.
-    terms = claims["bits"]["beta_tilde"]["terms"][1:]
-    quotes.append(("bits", f"At most {claims['bits']['optimal']['total'][0]:.3f} bits"))
-    quotes.append(("bits", f"{sum(terms[:50]) / sum(terms):.0%} of the bits"))
+    quotes.append(("bits", f"at most {claims['bits']['optimal']['total'][0]:.3f} are needed"))
+    for variance, words in (("beta_tilde", "{:.0%} with β̃_t"),
+                            ("optimal", "{:.0%} with the optimal variance")):
+        terms = claims["bits"][variance]["terms"][1:]
+        quotes.append(("bits", words.format(sum(terms[:50]) / sum(terms))))
     return quotes
 
 
