@@ -76,6 +76,8 @@ SHIPPED = HERE / "pretrained" / "model.pt"
 def draw_digit(model: torch.nn.Module, schedule: NoiseSchedule, seed: int) -> torch.Tensor:
     """Draw one digit, (1, 1, 28, 28) in [-1, 1], on the CPU.               [DDPM Algorithm 2]
 
+    model  in eval mode, as load_checkpoint returns it
+
     The same as the last image of sample(model, schedule, [seed]), which can do more.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -190,7 +192,7 @@ def p_step(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
 # A part of the noise can be fresh, too. η = 0 is DDIM as above, and η = 1 has as much fresh noise
 # as p_step:
 #
-#       x_s = √ᾱ_s x̂₀ + √(1-ᾱ_s-σ²) ε̂ + σ z,      σ² = η² β̃_t                    [DDIM Eq. 16]
+#       x_s = √ᾱ_s x̂₀ + √(1-ᾱ_s-σ²) ε̂ + σ z,      σ² = η² β̃_t      [DDIM Eq. 12] [DDIM Eq. 16]
 #
 # where β̃_t is that of the whole step from t to s (schedule.step_beta). With η = 1 this is the same
 # as p_step. To see it, put x_t = √ᾱ_t x̂₀ + √(1-ᾱ_t) ε̂ into μ̃_t: the factor of ε̂ is c √(1-ᾱ_t), and
@@ -233,9 +235,10 @@ def noise_again(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch
 #
 #       x_s / √(1-ᾱ_s) = r_s x̂₀ + ε̂
 #
-# Before the step, likewise, x_t / √(1-ᾱ_t) = r_t x̂₀ + ε̂. So the step changes x/√(1-ᾱ) by (r_s -
-# r_t) x̂₀: the path of x/√(1-ᾱ), drawn over r, has the slope x̂₀. A DDIM step follows this path
+# Before the step, likewise, x_t / √(1-ᾱ_t) = r_t x̂₀ + ε̂. So the step changes x/√(1-ᾱ) by
+# (r_s-r_t) x̂₀: the path of x/√(1-ᾱ), drawn over r, has the slope x̂₀. A DDIM step follows this path
 # exactly if x̂₀ stays as it is during the step. But x̂₀ becomes clearer all the time.
+#
 # DPM-Solver++(2M) assumes instead that x̂₀ changes linearly with u = log r. It draws a line through
 # the last two predictions, and uses the x̂₀ that this line gives half-way to the next level. ("2M"
 # stands for second order, in multiple steps.) For Gaussian data and a perfect network, 10 such

@@ -98,9 +98,9 @@ class NoiseSchedule:
 
     def _fill(self, betas: torch.Tensor, allow_signal: bool) -> None:
         """Compute all arrays from β_1, ..., β_T."""
-        # float64 throughout: in float32 the difference 1 - ᾱ_1 = 0.0001 is wrong by 0.02 %.
         check_betas(betas)
         self.T = len(betas)
+        # float64 throughout: in float32 the difference 1 - ᾱ_1 = 0.0001 is wrong by 0.02 %.
         self.beta = torch.cat([torch.zeros(1, dtype=torch.float64), betas])  # β₀ = 0: no noise
         self.alpha = 1 - self.beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)  # ᾱ₀ = 1: all signal
