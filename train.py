@@ -321,6 +321,9 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int,
     decay = min(decay, (1 + step) / (10 + step))
     for mean, weight in zip(average.parameters(), model.parameters()):
         mean.lerp_(weight, 1 - decay)  # mean = decay * mean + (1 - decay) * weight
+    # Buffers, such as the statistics of a BatchNorm, are copied. (Our network has none.)
+    for kept, current in zip(average.buffers(), model.buffers()):
+        kept.copy_(current)
 
 
 # Which number tells how good a network is? Not the training loss. It is an average over weights
@@ -376,7 +379,8 @@ def train(config: Config, resume: bool = False,
     draw_t         draws the noise levels of a batch, in place of draw_t above
     learning_rate  gives the learning rate of a step, in place of learning_rate above
     after_step     called as after_step(run) after each step. If its answer is true, the run is
-                   saved and stops there; --resume goes on with it
+                   saved and stops there; --resume goes on with it. (run.read_losses() brings
+                   run.history up to date, which otherwise happens every 20 steps)
 
     Returns the history: lists "loss", "held_out" and "seconds" with a number for each epoch, and
     "step_loss" with a number for each step. Raises ValueError if the options, the images and the
@@ -476,11 +480,11 @@ class Run:
 
     @property
     def epoch_is_complete(self) -> bool:
-        return self.steps_into_epoch == self.steps_per_epoch
+        return self.step > 0 and self.steps_into_epoch == self.steps_per_epoch
 
     @property
     def epoch(self) -> int:
-        """The epoch of the last finished step, from 1."""
+        """The epoch of the last finished step, from 1; 0 before the first step."""
         return (self.step - 1) // self.steps_per_epoch + 1
 
     def record(self, loss: torch.Tensor) -> None:
@@ -489,6 +493,8 @@ class Run:
 
     def read_losses(self) -> None:
         """Read the losses off the device. Raises FloatingPointError if one is not finite."""
+        if not self.unread:
+            return
         losses = mean_over_processes(torch.stack(self.unread).cpu())
         self.history["step_loss"] += losses.tolist()
         self.unread.clear()
@@ -513,7 +519,11 @@ class Run:
                 f"{self.steps_into_epoch}; start anew with a lower --lr and another --out")
 
     def state_dict(self) -> dict:
-        """Everything that last.pt holds, as plain tensors and numbers."""
+        """Everything that last.pt holds, as plain tensors and numbers.
+
+        They are those of the run itself, not copies: copy.deepcopy keeps them for later.
+        """
+        self.read_losses()
         saved_options = {name: value for name, value in vars(self.config).items()
                          if name not in ("data", "out", "device")}
         return {"config": saved_options,
@@ -551,29 +561,30 @@ def set_up(config: Config, resume: bool, images, network, draw_t,
     # Refuse what cannot work before anything takes time.
     device = pick_device(config.device)
     if resume:
+        # A run goes on with the schedule and the sizes that it began with, even if the defaults in
+        # schedule.py and unet.py have been changed since.
         checkpoint = checkpoint_to_resume(config, network)
-    elif is_first_process():
+        schedule = checkpoint.schedule
+    else:
         refuse_to_overwrite(config)
+        schedule = NoiseSchedule(config.T, config.schedule)
     print(f"{DATASETS[config.dataset]}, on {device}, into {config.out}", flush=True)
 
     # Read the images.
     training, held_out = split_images(config, images)
 
-    # A run goes on with the schedule and the sizes that it began with, even if the defaults in
-    # schedule.py and unet.py have been changed since.
+    # Build the network and all that changes with it.
+    sizes = checkpoint.state["network"] if resume else {"size": training.shape[-1]}
+    run = Run(config, schedule, len(training), sizes, network, draw_t, learning_rate)
     if resume:
-        run = Run(config, checkpoint.schedule, len(training), checkpoint.state["network"],
-                  network, draw_t, learning_rate)
         run.load_state_dict(checkpoint.state)
-    else:
-        schedule = NoiseSchedule(config.T, config.schedule)
-        sizes = {"size": training.shape[-1]}
-        run = Run(config, schedule, len(training), sizes, network, draw_t, learning_rate)
     return run, training, held_out
 
 
 def refuse_to_overwrite(config: Config) -> None:
     """Raise ValueError if the folder for a new run holds one already."""
+    if not is_first_process():  # the others would see the files of the first
+        return
     for name in ("last.pt", "model.pt"):
         if Path(config.out, name).exists():
             raise ValueError(f"{config.out} holds a run; go on by --resume --out {config.out}, "

@@ -363,8 +363,8 @@ def check_sizes(channels, blocks, embedding: int, heads: int, groups: int, size:
     halvings = len(channels) - 1
     if size % 2**halvings:
         raise ValueError(f"size must halve {halvings} times, which {size} does not")
-    if embedding % 2:
-        raise ValueError(f"embedding must be even, not {embedding}")
+    if embedding % 2 or embedding < 4:
+        raise ValueError(f"embedding must be even and at least 4, not {embedding}")
 
 
 def pick_device(name: str) -> torch.device:

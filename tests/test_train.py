@@ -774,6 +774,35 @@ def test_state_of_a_run_is_not_that_of_another():
     assert losses[0][0] != losses[1][0] and losses[0][1] != losses[1][1]
 
 
+def test_state_of_a_run_can_be_taken_after_any_step(tmp_path):
+    """state_dict() in after_step holds all losses up to that step, whether or not the loop has read
+    them yet: loaded into a fresh run, state k is that of k finished steps. Reading the losses once
+    more changes nothing.
+    """
+    states = []
+
+    def take(run):
+        states.append(copy.deepcopy(run.state_dict()))
+        run.read_losses()
+
+    history = learn(small(tmp_path), network=Plain, after_step=take)
+    for k, state in enumerate(states, start=1):
+        run = Run(small(tmp_path), NoiseSchedule(), 32, {"size": 8}, Plain)
+        run.load_state_dict(state)
+        assert run.step == k and run.history["step_loss"] == history["step_loss"][:k]
+
+
+def test_average_takes_over_what_a_layer_counts():
+    """Buffers, such as the running mean of a BatchNorm, are copied, not averaged."""
+    model = torch.nn.BatchNorm1d(3)
+    average = copy.deepcopy(model)
+    model(torch.arange(12.0).reshape(4, 3))
+    update_average(average, model, step=5, decay=0.999)
+    for (name, kept), (_, current) in zip(average.named_buffers(), model.named_buffers()):
+        assert torch.equal(kept, current), name
+    assert average.num_batches_tracked == 1
+
+
 # -------------------------------------------------------------------------------------- the seams
 
 def test_caller_looks_in_after_every_step(tmp_path):

@@ -351,7 +351,7 @@ def test_shapes_that_do_not_fit_are_refused(call, message):
     ({"channels": (8, 8, 8, 8), "blocks": (1, 1, 1, 1)}, "size",
      "size must halve 3 times, which 28 does not"),
     ({"size": 30}, "size", "size must halve 2 times, which 30 does not"),
-    ({"embedding": 5}, "embedding", "embedding must be even, not 5")])
+    ({"embedding": 5}, "embedding", "embedding must be even and at least 4, not 5")])
 def test_size_that_does_not_fit_is_blamed_alone(sizes, blamed, message):
     """If an argument of UNet does not fit, the message names it, the one that it does not fit to,
     and no other.
