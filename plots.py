@@ -67,7 +67,7 @@ class Material:
     chain       {t: (x_t, x̂₀)}: the images of SEEDS at the noise levels that are drawn, on their
                 way from noise to digits, and the clean images that the network predicts from them;
                 each is (32, 1, 28, 28), on the CPU. Empty if no figure needs samples
-    claims      what has been measured of this model: the name of a figure -> its numbers
+    claims      the measurements that check the blog's claims: the name of a figure -> its numbers
     mark        the first digits of the hash of the model file
     """
     checkpoint: Checkpoint
@@ -166,10 +166,11 @@ def plot_forward(material: Material) -> Figure:
     Above, four images x₀ are noised to growing t: x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε. Below on the left are
     these two factors for the linear and the cosine schedule, on the right the signal-to-noise ratio
     ᾱ_t/(1-ᾱ_t) in decibels (ten times its base-10 logarithm), which is 0 where the two factors are
-    equal. With T = 1000 that is at t = 260 for the linear schedule and only at t = 497 for the
-    cosine schedule, which destroys the image more slowly and has fewer steps at which the image is
-    almost pure noise. The images are four test digits if they have been saved beside the model by
-    `python -m tests.experiments.measure --data DIR digits`; otherwise the network draws them.
+    equal. With T = 1000 the noise is the larger from t = 260 on in the linear schedule, and only
+    from t = 497 on in the cosine schedule, which destroys the image more slowly and has fewer steps
+    at which the image is almost pure noise. The images are four test digits if they have been saved
+    beside the model by `python -m tests.experiments.measure --data DIR digits`; otherwise the
+    network draws them.
     """
     checkpoint = material.checkpoint
     T = checkpoint.schedule.T
@@ -389,14 +390,14 @@ def animation_frames(material: Material) -> list[Image.Image]:
 #
 # The numbers behind these figures take minutes or hours to measure. The commands named in the
 # docstrings measure them once and save them beside the model; DIR is the folder with MNIST. The
-# measurements are drawn only for the model file that they were made of. The numbers quoted in the
+# measurements are drawn only for the model file that they were made with. The numbers quoted in the
 # docstrings are those of the shipped model.
 #
 # They check what the blog claims:
 #
 #   figure       the blog                                            what we found
 #   difficulty   t near 10 is hard, and so is t near 950             the second is easy
-#   decided      the digit's identity locks in from t = 400 to 100   mostly before t = 400
+#   decided      the digit's identity locks in from t = 400 to 100   earlier, mostly above t = 400
 #   noise        without fresh noise all samples would be the same   true of p_step, not of DDIM
 #   copies       no sample is a copy of a training digit             true
 #   epochs       early epochs give smudges, the last sharp digits    strokes are sharp at once
@@ -431,8 +432,9 @@ def loss_near(loss: torch.Tensor, t: int) -> float:
 
 def half_lies_below(loss: torch.Tensor) -> int:
     """The smallest t such that loss[1] + ... + loss[t - 1] is at least half of all: loss (T+1,)."""
-    too_little = loss.cumsum(0) < loss.sum() / 2  # (T+1,), true at t = 0, 1, ... up to the half
-    return 1 + too_little.sum().item()
+    too_little = loss.cumsum(0) < loss.sum() / 2  # (T+1,), true at t = 0, ..., k - 1
+    k = too_little.sum().item()  # the first t at which the sum of 1..t is half of all
+    return k + 1
 
 
 def draw_loss_by_t(ax: Axes, curves: dict[str, tuple[torch.Tensor, str]],
@@ -532,9 +534,9 @@ def plot_decided(material: Material) -> Figure:
     Chains are run again from each t on the horizontal axis. Reruns from t = 600 end as the same
     numeral as the original in 28 % of the cases, reruns from t = 300 in 94 %: the numeral is
     decided in between. The blog divides the chain into four phases, written above the curves: until
-    t = 600 static, until 400 a blob, until 100 "identity locks in", then polish. That places the
-    decision later: at t = 400 already 84 % of the reruns keep the numeral. Coarse detail (green) is
-    settled before the pixels (orange) and the fine detail (grey).
+    t = 600 static, until 400 a blob, until 100 "identity locks in", then polish. So the blog places
+    the decision later than we find it: at t = 400 already 84 % of the reruns keep the numeral. From
+    t = 500 on, coarse detail (green) is ahead of the pixels (orange) and of fine detail (grey).
 
         rerun              x_t is taken from a finished chain, and the steps from t to 0 are taken
                            again with other noise. At t = T not even x_T is kept, which shows what
@@ -545,8 +547,8 @@ def plot_decided(material: Material) -> Figure:
         detail present     1 - |x̂₀ - x₀|²/|x₀ - mean|², where x₀ is the finished image, x̂₀ the
                            network's prediction of it at t, and mean the mean of all finished
                            images: 1 if all is there, 0 if nothing is but the mean. Every image is
-                           a sum of waves; coarse detail are those with at most 3.5 periods across
-                           the image, fine detail all others. Negative values are drawn as 0
+                           a sum of waves; the waves with at most 3.5 periods across the image are
+                           coarse detail, all others fine detail. Negative values are drawn as 0
 
     Measured by `python -m tests.experiments.measure --data DIR decided` on 32 chains of the
     ancestral sampler (Algorithm 2 of DDPM), each run again three times from each t:
@@ -720,8 +722,9 @@ def plot_bits(material: Material) -> Figure:
                           x₁ is known. The part of x_T is less than 0.00005 and not drawn; the
                           totals contain it
         optimal           the variance that makes each term as small as possible: β̃_t plus the mean
-                          squared error of the predicted mean of the step. At t = 1 it is the best
-                          of many values. (The curve β̃_t has β̃₂ there, because β̃₁ is 0.)
+                          squared error of the predicted mean of the step. At t = 1, where this
+                          does not apply, it is the best of many values that were tried. (The curve
+                          of β̃_t has β̃₂ there, because β̃₁ is 0.)
         ±                 the standard error of the mean over the test images
 
     Measured by `python -m tests.experiments.bound --data DIR` on the 10,000 test images, for each
@@ -768,9 +771,10 @@ def plot_samplers(material: Material) -> Figure:
     Each row shows eight samples. On its left stand the sampler and its number of steps, on its
     right the distance of its samples to test digits and the time that 32 samples take on two CPU
     cores. With fresh noise, 20 steps of sde-dpm++ are as good as 1,000 of ddpm (distances 4.3 and
-    4.9; a repetition with other seeds may differ by 1, so 5.9 for its 50 steps means no more than
-    that). The samplers without fresh noise, ddim and dpm++, come closer to the test digits with
-    more steps, but remain behind. The best digits of all are restarted ones (2.9).
+    4.9; two sets of digits of the same sampler may differ by more than 1, so 5.9 for its 50 steps
+    does not show that they are worse). The samplers without fresh noise, ddim and dpm++, come
+    closer to the test digits with more steps, but remain behind. The best digits of all are
+    restarted ones (2.9).
 
         ddpm         the ancestral sampler, Algorithm 2 of DDPM, with fresh noise in each step
         ddim         a sampler without fresh noise, which uses the noise that is in x_t again
@@ -783,8 +787,10 @@ def plot_samplers(material: Material) -> Figure:
                      into 64 features (its last layer but one). Two sets of images, with means μ₁,
                      μ₂ and covariance matrices C₁, C₂ of these features, are at the distance
                          |μ₁ - μ₂|² + trace(C₁ + C₂ - 2 (C₁C₂)^½)
-                     which is 0 if both agree. (It is the least mean squared distance by which mass
-                     must be moved to turn one Gaussian with these moments into the other.) It is
+                     which is 0 if both agree. (The trace is the sum of the diagonal, M^½ the matrix
+                     whose square is M. For one feature it is (μ₁ - μ₂)² + (σ₁ - σ₂)². Think of two
+                     heaps of sand with these means and covariances: it is the mean squared
+                     distance by which grains must be moved to turn one into the other.) It is
                      large for digits of poor quality, and also for good ones of too little variety.
                      It depends on the number of images, so compare only rows with the same number.
                      The title gives it for real digits: sets of training images of that number

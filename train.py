@@ -24,9 +24,9 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
 
 All are written at the end of each epoch, the first two also after the very first step. Ctrl-C
 finishes the step under way and writes the first two. An epoch (one pass over the images) prints one
-line: its training loss, the loss on images that are held out (see evaluate), and beside them the
-training loss that the blog "Deconstructing Diffusion Models", whose figures this book redraws,
-published for this epoch.
+line: its training loss, the loss on images that are held out (the test images, unless --val-images
+is given), and beside them the training loss that the blog "Deconstructing Diffusion Models", whose
+figures these five scripts redraw, published for this epoch.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
@@ -115,7 +115,7 @@ class Config:
     @property
     def like_blog(self) -> bool:
         """Whether the losses can be compared with the blog's: same images, same noise levels."""
-        return all(getattr(self, name) == getattr(Config, name)
+        return all(getattr(self, name) == getattr(Config, name)  # Config.name is the default
                    for name in ("dataset", "images", "T", "schedule"))
 
 
@@ -192,14 +192,15 @@ class Config:
 # divides by the number of pixels, too, so that answering 0 costs 1.
 #
 # What changes without the factor? With σ_t² = β_t and the linear schedule it is 0.50 at t = 1,
-# 0.010 at t = 100, lowest (0.0050) at t = 349, and 0.010 at t = 1000. So L_simple gives far less
-# weight to small t than the bound does, compared with the other t. And small t are where the bound
-# is decided. For the shipped model in pretrained/ it is 1.56 bits per pixel with the best σ_t² for
-# each t, and 88 % of that belongs to t up to 50. (Images have 256 grey levels. If the last step's
-# density is integrated over the interval of each level, the bound is one on -log₂ of the
-# probability of an image; divided by 784 pixels, it tells how many bits a pixel costs to store.)
-# L_simple spends 5 % of its draws on these t and the rest on the shape of the digit. Training is no
-# longer maximum likelihood then, and the pictures are better for it (DDPM, section 3.4).
+# 0.010 at t = 100, lowest (0.0050) at t = 349, and 0.010 at t = 1000. So, relative to the other t,
+# L_simple gives small t far less weight than the bound does. Yet small t are where the bound is
+# decided. It can be read in bits: an image of probability p can be stored in -log₂ p bits, and if
+# the last step's density is integrated over the interval of each of the 256 grey levels, the bound
+# limits -log₂ p. For the model in pretrained/, which comes with the project, it is 1.56 bits per
+# pixel with the best σ_t² for each t (sample.py, section 3), and 88 % of them belong to t up to 50
+# (figures/bits.png). L_simple spends 5 % of its draws on these t and the rest on the shape of the
+# digit. Training is no longer maximum likelihood then, and the pictures are better for it (DDPM,
+# section 3.4).
 #
 # Why not predict x₀, from which the noise follows? It is possible. But by q_sample an error in ε is
 # √ᾱ_t / √(1-ᾱ_t) times that in x₀, so a plain squared error of x₀ weighs the t quite differently,
@@ -225,8 +226,9 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
     # than with independent draws (one run each; two seeds differ by 0.3 %).
     stratum = torch.randperm(count, generator=generator)
     within = torch.rand(count, generator=generator, dtype=torch.float64)
-    # (stratum + within) / count is uniform on [0, 1). Multiplied by T = 1000, say, 0.0004 gives
-    # t = 1 and 0.9996 gives t = 1000. Rounding could make it 1, hence the clamp.
+    # (stratum + within) / count is uniform on [0, 1). Multiplied by T = 1000, increased by 1 and
+    # cut to an integer, 0.0004 gives t = 1 and 0.9996 gives t = 1000. Rounding could make the
+    # fraction itself 1, and then t would be 1001; hence the clamp.
     return (1 + (stratum + within) / count * T).long().clamp(max=T)
 
 
@@ -389,7 +391,7 @@ def train(config: Config, resume: bool = False,
     """
     run, training, held_out = set_up(config, resume, images, network, draw_t, learning_rate)
 
-    for _ in progress(run):
+    for _ in progress(run):  # once for each step still to be taken, with a progress bar
         # Train on the next batch.
         x0 = from_uint8(next_batch(run, training))
         loss = training_step(run, x0)

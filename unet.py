@@ -38,10 +38,10 @@ have it. (One run each; two seeds differ by 0.3 %. The design itself was chosen 
 on training digits held out for the purpose.)
 
 The default network has exactly 324,705 parameters, as many as that of the blog series
-"Deconstructing Diffusion Models", whose figures this book redraws. It matters where they are. A
-weight of a convolution is used 784 times at 28x28, but 49 times at 7x7, for a sixteenth of the
-arithmetic. So 7x7 has two blocks each way, the other sizes one, and most of the weights are there.
-The few at 28x28, 13 % of all, still take 61 % of the arithmetic.
+"Deconstructing Diffusion Models", whose figures these five scripts redraw. It matters where they
+are. A weight of a convolution is used 784 times at 28x28, but only 49 times at 7x7, where it costs
+a sixteenth of the arithmetic. So 7x7 has two blocks each way, the other sizes one, and most of the
+weights are there. The few at 28x28, 13 % of all, still take 61 % of the arithmetic.
 
 CONTENTS. 1. How the network is told t. 2. The residual block. 3. Attention. 4. Halving the image.
 5. The UNet. Below the line: the device, and the table.
@@ -184,7 +184,8 @@ class Attention(nn.Module):
         # For every pair of places i and j: the sum over d of query times key.
         score = einsum(q, k, "b head i d, b head j d -> b head i j")
         # The standard deviation of a sum of d independent products grows as √d. Divided by √d the
-        # scores are of order 1 for any d, where the softmax is soft and passes gradients.
+        # scores are of order 1 for any d. Much larger ones would make all weights nearly 0 or 1,
+        # and then no gradients would pass.
         return (score / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -214,7 +215,7 @@ class Halve(nn.Module):
 
     def __init__(self, before: int, after: int, size: int):
         super().__init__()
-        # A bias would be one more learned image, of one constant value, so there is none.
+        # No bias: it would add a constant to each channel, which the learned image can do as well.
         self.conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
         self.place = nn.Parameter(torch.zeros(after, size, size))
 

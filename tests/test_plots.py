@@ -445,7 +445,7 @@ def numbers_in_docstrings() -> list[tuple[str, str]]:
     t = torch.arange(1, 1001)
     for kind in ("linear", "cosine"):
         equal = t[NoiseSchedule(1000, kind).snr(t) <= 1].min()
-        quotes.append(("forward", f"at t = {equal} for the {kind}"))
+        quotes.append(("forward", f"from t = {equal} on in the {kind}"))
 
     # How losses compare.
     linear = claims["difficulty"]["linear"][1:].mean()
