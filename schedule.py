@@ -8,12 +8,12 @@ x_{t-1} when x_t is given.
     python schedule.py [--kind cosine]       the schedule as a table, and a numerical check
 
 NOTATION. x₀ is a clean image, here a handwritten digit of MNIST, with pixels in [-1, 1], and x_t is
-the image after t noisy steps. N(m, v) is the Gaussian distribution with mean m and variance v, its
-density at x is N(x; m, v). q stands for the distributions of the noising chain, p_θ for those of the
-model, where θ are the weights of its network. E is an average, E_q an average over q. A bar marks a
-product over steps (ᾱ_t), and a tilde marks what belongs to a step back when x₀ is known (β̃_t, μ̃_t).
-∝ means equal up to a constant factor. All noise is independent from pixel to pixel, so this file
-may be read for a single pixel.
+the image after t noisy steps. N(m, v) is the Gaussian distribution with mean m and variance v, and
+N(x; m, v) is its density at x. q stands for the distributions of the noising chain, p_θ for those
+of the model, where θ are the weights of its network. E is an average, E_q an average over q. A bar
+marks a product over steps (ᾱ_t), and a tilde marks what belongs to a step back when x₀ is known
+(β̃_t, μ̃_t). ∝ means equal up to a constant factor. All noise is independent from pixel to pixel, so
+this file may be read for a single pixel.
 
 ONE CONVENTION FOR TIME. Arrays have T+1 entries, and their index is the subscript of the papers:
 `beta[t]` is β_t for t = 1..T. Entry 0 stands for the clean image, with β₀ = 0 and ᾱ₀ = 1. So the
