@@ -261,17 +261,13 @@ class UNet(nn.Module):
         # The first convolution turns one grey channel into many.
         self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
 
-        # Residual blocks for each size, largest first, on the way down ...
-        self.encoder = nn.ModuleList()
-        for width, count in zip(channels, blocks):
-            self.encoder.append(
-                nn.ModuleList(ResidualBlock(width, time_width, groups) for _ in range(count)))
+        # Residual blocks for each size, largest first, on the way down, and as many, with weights of
+        # their own, on the way up.
+        def stage(width: int, count: int) -> nn.ModuleList:
+            return nn.ModuleList(ResidualBlock(width, time_width, groups) for _ in range(count))
 
-        # ... and as many on the way up, with weights of their own.
-        self.decoder = nn.ModuleList()
-        for width, count in zip(channels, blocks):
-            self.decoder.append(
-                nn.ModuleList(ResidualBlock(width, time_width, groups) for _ in range(count)))
+        self.encoder = nn.ModuleList(map(stage, channels, blocks))
+        self.decoder = nn.ModuleList(map(stage, channels, blocks))
 
         # From each size to the next smaller one.
         self.down = nn.ModuleList()
@@ -280,8 +276,7 @@ class UNet(nn.Module):
 
         # At the smallest size: attention before the way up begins, and after its first stage.
         smallest = channels[-1]
-        self.attention = nn.ModuleList(
-            [Attention(smallest, heads, groups), Attention(smallest, heads, groups)])
+        self.attention = nn.ModuleList(Attention(smallest, heads, groups) for _ in range(2))
 
         # At each size, what comes from the next smaller one and what was kept are stacked and mixed
         # by a 1x1 convolution. At the smallest size nothing comes from below; the output of

@@ -447,7 +447,8 @@ def torchrun(script: Path, *options) -> subprocess.CompletedProcess:
         port = free.getsockname()[1]
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
                            f"--master-port={port}", str(script), *map(str, options)],
-                          capture_output=True, text=True, timeout=200)
+                          capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"PYTHONPATH": str(HERE)})
 
 
 def test_second_signal_of_torchrun_is_not_obeyed_at_once(place, tmp_path, monkeypatch, capsys):
@@ -474,9 +475,8 @@ def test_two_processes_stop_together(place, tmp_path):
     the first one saves.
     """
     script = tmp_path / "script.py"
-    script.write_text(f"""
+    script.write_text("""
 import os, signal, sys
-sys.path.insert(0, {str(HERE)!r})
 import train
 
 def stop_the_second_process(run):
@@ -521,9 +521,8 @@ def test_two_processes_go_on_with_a_run_of_two(place, tmp_path):
     """
     torchrun(HERE / "train.py", *command(place, tmp_path / "whole", "--epochs", "2"))
     script = tmp_path / "script.py"
-    script.write_text(f"""
+    script.write_text("""
 import sys
-sys.path.insert(0, {str(HERE)!r})
 import train
 train.main(sys.argv[1:], after_step=lambda run: run.step == 3)
 """)
