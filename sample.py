@@ -3,6 +3,7 @@
     python sample.py                                 32 digits from seeds 0..31, as a 4x8 picture
     python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
     python sample.py --sampler sde-dpm++             in 20 steps instead of 1,000
+    python sample.py --sampler sde-dpm++ --guidance 2   clearer digits, for twice the work
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
 
 WHAT TO EXPECT. On two CPU cores 32 digits take about a minute in 1,000 steps and 2 seconds in 20.
@@ -15,12 +16,15 @@ The shipped model is pretrained/model.pt, which this project trained and brings 
 
 CONTENTS. 1. Algorithm 2, the whole of sampling in a few lines. 2. The clean image that a guess at
 the noise implies. 3. One step back. 4. DDIM: a step back that adds no noise. 5. DPM-Solver++: fewer
-steps by extrapolation. 6. Which noise levels to visit. 7. The whole chain: one seed, one digit.
-Below the line: files, pictures, the command line.
+steps by extrapolation. 6. Which noise levels to visit. 7. Guidance: away from a worse network. 8.
+The whole chain: one seed, one digit. 9. Restarts: a second chance. Below the line: files, pictures,
+the command line.
 
 The notation is that of schedule.py; x̂₀ and ε̂ are guesses at x₀ and ε. Sources: [DDPM] Ho et al.
 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv 2102.09672. [DDIM] Song et al. 2021,
-arXiv 2010.02502. [DPM-Solver++] Lu et al. 2022, arXiv 2211.01095.
+arXiv 2010.02502. [DPM-Solver++] Lu et al. 2022, arXiv 2211.01095. [Autoguidance] Karras et al.
+2024, arXiv 2406.02507, and for its interval Kynkäänniemi et al. 2024, arXiv 2404.07724. Restarts:
+Xu et al. 2023, arXiv 2306.14878.
 """
 
 import argparse
@@ -38,7 +42,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from schedule import NoiseSchedule, Parser
-from train import DATASETS, HERE, Checkpoint, load_checkpoint
+from train import DATASETS, EARLY, HERE, Checkpoint, load_checkpoint
 from unet import pick_device, prepare_device
 
 VARIANCES = ("beta_tilde", "beta", "zero")  # of the fresh noise in p_step
@@ -328,7 +332,83 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
     return [*without_repeats, 0]
 
 
-# ------------------------------------------------ 7. The whole chain: one seed, one digit
+# --------------------------------------------- 7. Guidance: away from a worse network
+#
+# One digit in four is not clear. Our network is small and was trained for a short time, so between
+# two digits it hesitates, and its answer is a compromise of both. An earlier state of the same
+# network makes the same mistakes, only larger ones. So the difference between the two answers
+# points away from the mistakes, and we can go further in that direction than the network did:
+#
+#       ε̂ = ε_worse + w (ε_model - ε_worse)                                [Autoguidance]
+#
+# With w = 0 this is the worse network, with w = 1 the model, with w = 2 it goes beyond the model by
+# as much as the model is ahead of the worse one.
+#
+# Why does it help? Say the perfect answer is ε*, the model errs by e and the worse network by k e,
+# the same mistake, only k > 1 times as large. Then ε̂ = ε* + (k - w (k-1)) e, and w = k/(k-1), 2 if
+# the worse network errs twice as much, removes the mistake altogether. Mistakes that the two do not
+# share are not removed but enlarged, so not every other network is of use as a guide.
+#
+# What does it cost? Twice the work: two networks have to answer. And some variety. Where the two
+# agree, nothing changes; where the model has learned to be more certain, guidance makes it more
+# certain still. A large w gives bold strokes and too many of the simplest digits.
+#
+# What is drawn then? Most texts say: images with the density p^w / p_worse^(w-1), up to a factor.
+# That is not so. At each t, ε̂ is the perfect answer for noisy images with such a density. But the
+# densities of different t do not belong together: noise added to the one of t = 0 does not give the
+# others. A case that can be computed: the data are N(0, 1), the model is perfect, the worse network
+# is perfect for N(0, λ) with λ = 2, and w = 2. The density would have the variance
+# λ / (wλ - w + 1) = 0.667. In ever shorter steps, DDIM ends at λ^(1-w) = 0.5 and p_step at 0.583.
+# All three differ, so what is drawn depends on the sampler, too.
+#
+# Guidance can be limited to an interval of noise levels. At large t, where the digit is still open,
+# it would push all chains towards the same few images; at small t, where all is decided, it would
+# only cost time.
+
+class Guided(torch.nn.Module):
+    """A network made of two, which sample() uses as any other.               [Autoguidance]
+
+    model     the network to be guided
+    worse     the guide: a network for the same images and schedule that makes the same mistakes,
+              only larger ones, such as an earlier state of the model
+    guidance  w: 0 is the worse network, 1 the model; above 1 goes beyond it. Finite
+    interval  (low, high): the t, both ends included, at which guidance acts; at others the model
+              answers alone. None is all t
+
+    Called as network(xt, t), as UNet is. Raises ValueError for a guidance that is not finite and
+    for an empty interval.
+    """
+
+    def __init__(self, model: torch.nn.Module, worse: torch.nn.Module, guidance: float,
+                 interval: tuple[int, int] | None = None):
+        super().__init__()
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, not {guidance}")
+        if interval is not None and interval[0] > interval[1]:
+            raise ValueError(f"the interval {interval[0]}-{interval[1]} contains no t")
+        self.model = model
+        self.worse = worse
+        self.guidance = guidance
+        self.interval = interval
+
+    def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """ε̂, (B, C, H, W), for noisy images xt, (B, C, H, W), of the levels t, (B,)."""
+        eps_model = self.model(xt, t)
+        acts = torch.ones_like(t, dtype=torch.bool)
+        if self.interval is not None:
+            low, high = self.interval
+            acts = (low <= t) & (t <= high)  # (B,)
+
+        # Spare the second network where it would change nothing.
+        if self.guidance == 1 or not acts.any():
+            return eps_model
+
+        eps_worse = self.worse(xt, t)
+        eps_hat = eps_worse + self.guidance * (eps_model - eps_worse)
+        return torch.where(acts.reshape(-1, 1, 1, 1), eps_hat, eps_model)
+
+
+# ------------------------------------------------ 8. The whole chain: one seed, one digit
 #
 # Each image takes all its noise from a generator of its own, which is seeded with the seed of the
 # image and lives on the CPU. So seed 7 gives the same image, up to rounding, alone or among others,
@@ -405,6 +485,45 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     yield 0, xt, xt
 
 
+# --------------------------------------------------------- 9. Restarts: a second chance
+#
+# Which digit a chain draws is decided at t of about 600 to 300 (figures/decided.png). If the chain
+# goes wrong there, later steps can only make the best of it. A restart gives it a second chance:
+# add noise to the finished image, up to t = 400 say, and draw it again from there. A clear digit
+# mostly comes back as the same digit; a malformed one is likely to become something better, because
+# the network knows no malformed ones. Doing it again and again helps more, and costs as much again.
+# (Xu et al. take a path without noise on the way back; we take sde-dpm++.)
+
+RESTARTS = (0.4, 0.4, 0.3, 0.3)  # as shares of T, the levels up to which images are noised again
+
+def restart(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tensor,
+            seeds: list[int], shares: tuple[float, ...] = RESTARTS, steps: int = 10,
+            clip: bool = True) -> torch.Tensor:
+    """Noise finished images again and take them back, once for each share.
+
+    model   as in sample(); images is (B, C, H, W) in [-1, 1], one for each seed
+    shares  restart k noises to t = shares[k] T, with noise from the seeds + (k+1) million
+    steps   steps of sde-dpm++ on each way back, at most t
+
+    Returns images like those given, on the device of the model.
+    """
+    device = next(model.parameters()).device
+    for k, share in enumerate(shares, start=1):
+        # Draw the noise. sample() makes the same first draw from a seed and does not use it, since
+        # it does not begin with pure noise here. So no noise is used twice.
+        others = [seed + k * 10**6 for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in others]
+        eps = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
+
+        # Noise the images to t, and go back to 0.
+        t = max(1, round(share * schedule.T))
+        xt = schedule.q_sample(images.to(device), t, eps.to(device))
+        for _, _, x0_hat in sample(model, schedule, others, "sde-dpm++", steps=steps, clip=clip,
+                                   start=(t, xt), shape=tuple(images.shape[1:])):
+            images = x0_hat  # the last one is the finished image
+    return images
+
+
 # =========================================================================================
 # Below this line is plumbing: impossible arguments, model files, pictures, the command line.
 # =========================================================================================
@@ -458,6 +577,48 @@ def open_checkpoint(name: str | None, finished: bool = True) -> tuple[Path, Chec
         line += f", held-out loss {checkpoint.history['held_out'][-1]:.4f}"
     print(line, flush=True)
     return path, checkpoint
+
+
+def find_guide(path: Path, checkpoint: Checkpoint) -> Path:
+    """The file with an earlier state of a model: early.pt beside it, else that of an epoch.
+
+    train.py writes early.pt after the share EARLY of all steps. The shipped model has none, because
+    its epoch-2.pt is the same. Raises OSError if there is neither.
+    """
+    epoch = max(1, round(EARLY * checkpoint.config.epochs))
+    for name in ("early.pt", f"epoch-{epoch}.pt"):
+        if path.with_name(name).exists():
+            return path.with_name(name)
+    raise OSError(f"no early.pt and no epoch-{epoch}.pt beside {path} to guide it; name an earlier "
+                  "state of the same network by --guide")
+
+
+def guided(checkpoint: Checkpoint, path: Path, guidance: float, guide: str | None = None,
+           interval: tuple[int, int] | None = None) -> torch.nn.Module:
+    """The network of a model file, guided by an earlier state of it.
+
+    path      the model file
+    guide     the file of the earlier state; None is find_guide()
+
+    Raises OSError if there is no guide, ValueError if it does not fit the model.
+    """
+    guide_path = Path(guide) if guide else find_guide(path, checkpoint)
+    other = load_checkpoint(guide_path)
+    same_network = other.model.config == checkpoint.model.config
+    same_schedule = torch.equal(other.schedule.beta, checkpoint.schedule.beta)
+    if not same_network or not same_schedule:
+        differs = "schedule" if same_network else "network"
+        raise ValueError(f"{guide_path} has another {differs} than {path}; a guide must be an "
+                         "earlier state of the same network")
+    return Guided(checkpoint.model, other.model, guidance, interval)
+
+
+def parse_interval(text: str) -> tuple[int, int]:
+    """'150-700' -> (150, 700). Raises argparse.ArgumentTypeError for anything else."""
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text, re.ASCII)
+    if match is None or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval of t such as 150-700")
+    return int(match[1]), int(match[2])
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -515,6 +676,17 @@ def make_parser() -> Parser:
                              "(default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N",
                         help="number of steps (default: all T for ddpm, 50 for ddim, else 20)")
+    parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
+                        help="go beyond the model, away from an earlier state of it: 1 is no "
+                             "guidance, 2 is usual (default: %(default)s)")
+    parser.add_argument("--guide", metavar="FILE",
+                        help="model file of the earlier state (default: early.pt beside the model, "
+                             "else the file of its epoch 2 of 15)")
+    parser.add_argument("--interval", type=parse_interval, metavar="LOW-HIGH",
+                        help="noise levels t at which guidance acts (default: all)")
+    parser.add_argument("--restarts", action="store_true",
+                        help="noise the finished digits again and draw them anew from the middle "
+                             f"of the chain, {len(RESTARTS)} times")
     parser.add_argument("--no-clip", dest="clip", action="store_false",
                         help="do not clip the predicted clean image to [-1, 1]")
     parser.add_argument("--checkpoint", metavar="FILE",
@@ -557,14 +729,17 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
     path, checkpoint = open_checkpoint(args.checkpoint)
     device = pick_device(args.device)
     prepare_device(device)
-    model = checkpoint.model.to(device)
+    model = checkpoint.model
+    if args.guidance != 1:
+        model = guided(checkpoint, path, args.guidance, args.guide, args.interval)
+    model = model.to(device)
     levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
     files = files_to_write(args.out, args.gif, path)
 
     # Sample. An animation shows about 50 of the levels.
     shown = set(levels[::max(1, len(levels) // 50)]) | {0}
     frames = []
-    size = model.config["size"]
+    size = checkpoint.model.config["size"]
     chain = sample(model, checkpoint.schedule, args.seeds, args.sampler, args.variance, args.steps,
                    args.clip, shape=(1, size, size), eta=args.eta)
     for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
@@ -572,11 +747,20 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
             frames.append(draw_grid(images, scale=2))
         if t == 0:
             digits = images
+    if args.restarts:
+        digits = restart(model, checkpoint.schedule, digits, args.seeds, clip=args.clip)
+        if args.gif:
+            frames.append(draw_grid(digits, scale=2))
 
     # Write the picture, which says how it was made, and the animation.
+    how = f"{args.sampler}, {len(levels) - 1} steps"
+    if args.guidance != 1:
+        how += f", guidance {args.guidance:g}"
+    if args.restarts:
+        how += f", {len(RESTARTS)} restarts"
     description = PngInfo()
     description.add_text("Description", f"{path.name}, {DATASETS[checkpoint.config.dataset]}, "
-                         f"seeds {args.seeds}, {args.sampler}, {len(levels) - 1} steps")
+                         f"seeds {args.seeds}, {how}")
     draw_grid(digits).save(files[0], pnginfo=description)
     if args.gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
         frames[0].save(args.gif, save_all=True, append_images=frames[1:], loop=0,
@@ -592,6 +776,10 @@ def main(argv: list[str] | None = None) -> None:
         pick_device(args.device)
         check_ending("--out", args.out, ".png")
         check_ending("--gif", args.gif, ".gif")
+        if not 0 <= args.guidance <= 100:
+            raise ValueError(f"--guidance must be between 0 and 100, not {args.guidance}")
+        if args.guidance == 1 and (args.guide or args.interval):
+            raise ValueError("--guide and --interval are for --guidance; 2 is usual")
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
 

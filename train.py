@@ -21,12 +21,14 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
                  Adam (the optimiser) and of the random generator, the order of the images
     epoch-N.pt   model.pt as it was after epoch N, to look back at; half the size, because its
                  weights have 16 bits each instead of 32
+    early.pt     the same after two fifteenths of all steps, that is, after epoch 2 of 15; the worse
+                 network that guides the finished one in sample.py --guidance
 
-All are written at the end of each epoch, the first two also after the very first step. Ctrl-C
-finishes the step under way and writes the first two. An epoch (one pass over the images) prints one
-line: its training loss, the loss on images that are held out (the test images, unless --val-images
-is given), and beside them the training loss that the blog "Deconstructing Diffusion Models", whose
-figures these five scripts redraw, published for this epoch.
+The first three are written at the end of each epoch, the first two also after the very first step.
+Ctrl-C finishes the step under way and writes the first two. An epoch (one pass over the images)
+prints one line: its training loss, the loss on images that are held out (the test images, unless
+--val-images is given), and beside them the training loss that the blog "Deconstructing Diffusion
+Models", whose figures these five scripts redraw, published for this epoch.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
@@ -74,6 +76,10 @@ DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
 
 # What --quick changes: one pass over about a third of MNIST, in many small steps.
 QUICK = {"epochs": 1, "batch_size": 32, "lr": 4e-3, "images": 22_400, "val_images": 2_000}
+
+
+# The share of the steps after which early.pt is written.
+EARLY = 2 / 15
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -402,7 +408,7 @@ def train(config: Config, resume: bool = False,
 
         # Check that the losses are finite, but not after every step: reading a number from a GPU
         # makes the program wait until the GPU has finished.
-        save_now = run.step == 1 or run.epoch_is_complete or halt
+        save_now = run.step in (1, run.early_step) or run.epoch_is_complete or halt
         if save_now or run.steps_into_epoch % 20 == 0:
             run.read_losses()
 
@@ -469,6 +475,7 @@ class Run:
         self.image_count = image_count
         self.steps_per_epoch = image_count // config.batch_size  # an incomplete batch is dropped
         self.steps = config.epochs * self.steps_per_epoch
+        self.early_step = max(1, round(EARLY * self.steps))
         self.step = 0
         self.order = None
         self.epoch_begun = time.perf_counter()
@@ -842,7 +849,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def save_run(run: Run) -> None:
-    """Write model.pt, last.pt and, at the end of an epoch, epoch-N.pt."""
+    """Write model.pt and last.pt, and when it is time, epoch-N.pt and early.pt."""
     if not is_first_process():
         return
     out = Path(run.config.out)
@@ -850,9 +857,13 @@ def save_run(run: Run) -> None:
     state = run.state_dict()
     model = {name: state[name] for name in ("config", "network", "history", "betas", "average")}
     save(out / "model.pt", model)
+
+    # Keep some states of the model, in half the space.
+    halves = {name: weight.half() for name, weight in state["average"].items()}
     if run.epoch_is_complete:
-        halves = {name: weight.half() for name, weight in state["average"].items()}
         save(out / f"epoch-{run.epoch}.pt", model | {"average": halves})
+    if run.step == run.early_step:
+        save(out / "early.pt", model | {"average": halves})
     save(out / "last.pt", state)
 
 

@@ -261,8 +261,8 @@ class UNet(nn.Module):
         # The first convolution turns one grey channel into many.
         self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
 
-        # Residual blocks for each size, largest first, on the way down, and as many, with weights of
-        # their own, on the way up.
+        # Residual blocks for each size, largest first: on the way down, and as many on the way up,
+        # with weights of their own.
         def stage(width: int, count: int) -> nn.ModuleList:
             return nn.ModuleList(ResidualBlock(width, time_width, groups) for _ in range(count))
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from plots import fingerprint
-from sample import SHIPPED, open_checkpoint, sample, to_uint8
+from sample import SHIPPED, open_checkpoint, restart, sample, to_uint8
 from schedule import NoiseSchedule
 from tests.experiments import ablations
 from tests.experiments.yardstick import (
@@ -110,22 +110,11 @@ class Bench:
         return images
 
     def restart(self, images: torch.Tensor, seeds: range) -> torch.Tensor:
-        """Restart sampling, after Xu et al. 2023 (who use an ODE for the way back).
-
-        The mistakes of a chain fade if it is run again from the middle. All noise is that of other
-        seeds: those of restart k are k million higher.
-        """
+        """Restarts as in sample.py, of images that are rounded to 256 grey levels each time."""
         schedule = self.checkpoint.schedule
-        for k, share in enumerate(RESTARTS, start=1):
-            others = [seed + k * 10**6 for seed in seeds]
-            t = max(1, round(share * schedule.T))
-            # The first draw of each seed is the noise to add. sample() draws it, too, as x_T, but
-            # does not use it, because it begins with other images.
-            generators = [torch.Generator().manual_seed(seed) for seed in others]
-            eps = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
-            start = (t, schedule.q_sample(from_uint8(images), t, eps))
-            *_, (_, x0, _) = sample(self.model, schedule, others, "sde-dpm++", steps=10,
-                                    start=start)
+        for k, share in enumerate(RESTARTS):
+            others = [seed + k * 10**6 for seed in seeds]  # restart() goes up by another million
+            x0 = restart(self.model, schedule, from_uint8(images), others, shares=(share,))
             images = to_uint8(x0.cpu())
         return images
 
