@@ -855,6 +855,7 @@ def save_run(run: Run) -> None:
     out = Path(run.config.out)
     out.mkdir(parents=True, exist_ok=True)
     state = run.state_dict()
+    run.check_finite(sum(weight.sum().item() for weight in state["average"].values()))
     model = {name: state[name] for name in ("config", "network", "history", "betas", "average")}
     save(out / "model.pt", model)
 
