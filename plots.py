@@ -17,13 +17,13 @@ noise to digit.
 
 CONTENTS. 1. What a figure is drawn from. 2. Figures of the model: forward, embedding, loss,
 trajectory, grid, animation. 3. Figures of what was measured: difficulty, decided, noise, copies,
-epochs, bits, samplers. Below the line: reading what was measured, sampling, saving, the command
-line.
+epochs, bits, samplers. 4. Figures of guidance: guided, tradeoff, ladder. Below the line: reading
+what was measured, sampling, saving, the command line.
 
 The notation is that of schedule.py. Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239.
 [Attention] Vaswani et al. 2017, arXiv 1706.03762. The Fréchet distance: Heusel et al. 2017, arXiv
 1706.08500. Restarts: Xu et al. 2023, arXiv 2306.14878. The optimal variance: Bao et al. 2022, arXiv
-2201.06503.
+2201.06503. Guidance: Karras et al. 2024, arXiv 2406.02507.
 """
 
 import argparse
@@ -32,12 +32,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # and not pyplot, whose state all figures would share
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from tqdm import tqdm
 
@@ -50,10 +52,11 @@ from unet import pick_device, prepare_device, timestep_embedding
 SEEDS = list(range(32))
 SHOWN = 4  # its position in SEEDS
 
-# Blue, orange, green and grey that colour-blind readers can tell apart (Okabe and Ito).
+# Blue, orange, green, purple and grey that colour-blind readers can tell apart (Okabe and Ito).
 OURS = "#0072B2"
 BLOG = "#D55E00"  # or a second of our own curves
 THIRD = "#009E73"
+FOURTH = "#CC79A7"
 FAINT = "#777777"
 
 
@@ -67,7 +70,8 @@ class Material:
     chain       {t: (x_t, x̂₀)}: the images of SEEDS at the noise levels that are drawn, on their
                 way from noise to digits, and the clean images that the network predicts from them;
                 each is (32, 1, 28, 28), on the CPU. Empty if no figure needs samples
-    claims      the measurements that check the blog's claims: the name of a figure -> its numbers
+    claims      what was measured: the name of a figure, or of a measurement that several figures
+                are drawn from -> its numbers
     mark        the first digits of the hash of the model file
     """
     checkpoint: Checkpoint
@@ -365,6 +369,7 @@ def plot_grid(material: Material) -> Figure:
 
     These are the images of the seeds 0 to 31, each drawn in T steps of the ancestral sampler
     (Algorithm 2 of DDPM). None was picked, so malformed digits are as frequent as in any sample.
+    The figure guided shows how to draw fewer of them.
     """
     figure = Figure(figsize=(10, 5.35))
     ax = figure.subplots()
@@ -819,11 +824,218 @@ def plot_samplers(material: Material) -> Figure:
                      f"{real} images)", rows)
 
 
+# --------------------------------------------------------------------- 4. Figures of guidance
+#
+# Guidance goes beyond the blog (sample.py, section 7). Two networks answer: the model, and a guide,
+# which is an earlier state of the same network and makes the same mistakes, only larger ones. The
+# answers are combined to ε̂ = ε_worse + w (ε_model - ε_worse). So w = 0 is the guide alone, w = 1
+# the model alone, which is called unguided, and a larger w goes beyond the model. Guidance may be
+# limited to an interval of t; at all others the model answers alone.
+
+# The two settings that the figure guided compares, by their names in the measurements.
+UNGUIDED = "sde-dpm++ 20"
+GUIDED = "sde-dpm++ 20, epoch 2, w = 2, t of 150 to 700"
+
+
+def describe_guide(row: dict) -> str:
+    """The guide in words: the epoch after which it was kept, and where it acts."""
+    words = f"guide: epoch {row['guide']}"
+    if row["interval"] is not None:
+        low, high = row["interval"]
+        words += f", t from {low} to {high}"
+    return words
+
+
+def describe_restarts(row: dict) -> str:
+    """How many restarts there are, as the end of a longer text."""
+    if row["restarts"]:
+        return f", {len(row['restarts'])} restarts"
+    return ""
+
+
+def describe_setting(row: dict) -> str:
+    """How a set of digits was drawn and what came of it, in three lines; see plot_guided."""
+    guidance = "unguided"
+    if row["guide"] is not None:
+        guidance = f"w = {row['weight']:g}, {describe_guide(row)}"
+    return (f"{row['steps']} steps of {row['sampler']}{describe_restarts(row)}\n{guidance}\n"
+            f"{row['confident']:.0%} of {row['count']:,} digits are clear, "
+            f"{row['evaluations']:.0f} evaluations each")
+
+
+def plot_guided(material: Material) -> Figure:
+    """What does guidance change?
+
+    On the left are the digits of the seeds 0 to 31, drawn in a few steps without guidance, on the
+    right those of the same seeds with guidance. None was picked. Both sides have the same noise, so
+    a clear digit mostly remains what it was, while most malformed ones become a numeral. The price
+    is that strokes become a little bolder, and that a second network has to answer.
+
+        steps of sde-dpm++    a sampler that extrapolates the clean image from the last two
+                              predictions and adds fresh noise (sample.py, section 5)
+        w, guide, t from      how far guidance goes, the epoch after which the guide was kept, and
+                              the t at which it guides (all, if the title names none)
+        clear                 the classifier gives a probability above 0.9 of being some digit
+        evaluations           how often a network looks at an image until it is finished; those of
+                              the guide count as much as those of the model
+
+    Measured by `python -m tests.experiments.guidance --data DIR report`:
+        rows      {setting: its numbers}, among them sampler, steps, restarts, guide (an epoch, or
+                  None), weight (which is w), interval ((low, high), or None), confident (which is
+                  "clear"), count (the number of digits) and evaluations
+        images    {setting: its first 32 digits, uint8 (32, 1, 28, 28)}
+    """
+    measurements = material.claims["guidance"]
+    figure = Figure(figsize=(10, 3.4))
+    for ax, name in zip(figure.subplots(1, 2), (UNGUIDED, GUIDED)):
+        show_tiles(ax, from_uint8(measurements["images"][name]))
+        ax.set_title(describe_setting(measurements["rows"][name]), fontsize=11)
+    figure.suptitle(f"{material.dataset}: seeds {SEEDS[0]} to {SEEDS[-1]}, row by row", fontsize=12)
+    return figure
+
+
+def curves_of_guides(rows: dict[str, dict]) -> list[list[dict]]:
+    """Sort settings into curves along w.
+
+    rows  {setting: its numbers}; see plot_tradeoff
+
+    Returns a list of curves. Each is a list of rows that have the same guide, interval and
+    restarts, in the order of w. It contains the unguided row with the same restarts, because this
+    is what any guide gives at w = 1. First are the curves without restarts and interval, then those
+    with an interval, then those with restarts.
+    """
+    unguided = [row for row in rows.values() if row["guide"] is None]
+    curves = {}
+    for row in rows.values():
+        if row["guide"] is not None:
+            key = (row["restarts"], row["interval"], row["guide"])
+            if key not in curves:
+                curves[key] = [start for start in unguided if start["restarts"] == row["restarts"]]
+            curves[key].append(row)
+
+    order = sorted(curves, key=lambda key: (key[0], key[1] is not None, key[2]))
+    return [sorted(curves[key], key=lambda row: row["weight"]) for key in order]
+
+
+def draw_curve(ax: Axes, curve: list[dict], count: int, color: str) -> None:
+    """Draw one curve along w, and write w beside each of its points that is guided.
+
+    curve  rows with the same guide, interval and restarts, in the order of w
+    count  the distances are those of so many digits
+    """
+    last = curve[-1]
+    if last["restarts"]:
+        style, shift, align = "^:", -5, "right"
+    elif last["interval"] is not None:
+        style, shift, align = "s--", 4, "left"
+    else:
+        style, shift, align = "o-", -4, "right"
+
+    distances = [row["distances"][count] for row in curve]
+    clear = [row["confident"] for row in curve]
+    ax.plot(distances, clear, style, color=color, markersize=4,
+            label=describe_guide(last) + describe_restarts(last))
+    for row, distance, share in zip(curve, distances, clear):
+        if row["guide"] is not None:
+            ax.annotate(f"{row['weight']:g}", xy=(distance, share), xytext=(shift, 0), ha=align,
+                        va="center", color=color, fontsize=8, textcoords="offset points")
+
+
+def draw_curves(ax: Axes, curves: list[list[dict]], count: int) -> None:
+    """Draw all curves, those of the same guide in the same colour; see draw_curve."""
+    guides = sorted({curve[-1]["guide"] for curve in curves})
+    colors = dict(zip(guides, cycle((OURS, BLOG, THIRD, FOURTH))))
+    for curve in curves:
+        draw_curve(ax, curve, count, colors[curve[-1]["guide"]])
+
+
+def draw_landmark(ax: Axes, row: dict, count: int, name: str) -> None:
+    """Draw a point that the curves can be compared with, and write its name beside it."""
+    point = (row["distances"][count], row["confident"])
+    ax.plot(*point, "D", color="black", markersize=6)
+    ax.annotate(name, xy=point, xytext=(8, -12), textcoords="offset points", fontsize=10)
+
+
+def plot_tradeoff(material: Material) -> Figure:
+    """Which guide and which w are best?
+
+    Each point is a set of digits drawn with one guide and one w. The higher it is, the more digits
+    are clear; the further to the left, the closer they are to real ones. So the best points are at
+    the top left. Every curve begins at the unguided digits with the same restarts, which are those
+    of w = 1; the numbers along it are w. Guidance first makes digits both clearer and closer to
+    real ones. If w is too large for the guide, the curve turns to the right: the digits are clear,
+    but their strokes are too bold, and some numerals too frequent. The earlier the epoch of the
+    guide, the smaller the w at which this happens.
+
+        clear       the share of digits to which the classifier gives a probability above 0.9 of
+                    being some digit
+        distance    the Fréchet distance to 10,000 training images (plot_samplers explains it).
+                    Small differences mean little: for sets of 500 real digits its standard
+                    deviation is 1.2
+        guide       the moving average of the weights after this epoch. It guides at the t that are
+                    named, or at all t (solid curves)
+        restarts    finished digits are noised again and denoised (sample.py, section 9)
+
+    The comparison is with training images, so that the test images can judge what was chosen.
+
+    Measured by `python -m tests.experiments.guidance --data DIR choose`:
+        rows    {setting: its numbers}, as for plot_guided, and distances = {number of images: ...}
+        real    confident and distances of real digits, if they were measured
+    """
+    measurements = material.claims["guidance_choice"]
+    rows = measurements["rows"]
+    count = max(rows[UNGUIDED]["distances"])  # the largest number of digits is the most reliable
+    figure = Figure(figsize=(10, 7))
+    ax = figure.subplots()
+
+    # Draw the curves, and what they can be compared with.
+    draw_curves(ax, curves_of_guides(rows), count)
+    for row in rows.values():
+        if row["guide"] is None:
+            draw_landmark(ax, row, count, "unguided" + describe_restarts(row))
+    if "real" in measurements:
+        draw_landmark(ax, measurements["real"], count, "real digits")
+
+    # Label the axes.
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(xlabel=f"Fréchet distance of {count:,} digits to real ones (less is better)",
+           ylabel="clear digits (more is better)", title="Guidance: w along each curve")
+    ax.legend()
+    return figure
+
+
+def plot_ladder(material: Material) -> Figure:
+    """What happens to a digit as w grows?
+
+    Each column is one seed, with the same noise in all rows. In the first row the guide draws
+    alone (w = 0), in the second the model alone (w = 1); below, guidance goes beyond the model.
+    Most malformed digits become a numeral, and most clear ones remain what they are. A w that is
+    too large makes strokes bold and uneven, and turns clear digits into others.
+
+        mean pixel    the mean of the row's eight images over all pixels, which lie in [-1, 1]. The
+                      bolder the strokes, the larger it is
+
+    Measured by `python -m tests.experiments.guidance --data DIR report`:
+        ladder    {w: the digits of the seeds 0 to 7, uint8 (8, 1, 28, 28)}, drawn in 20 steps of
+                  sde-dpm++ with guidance at all t
+    """
+    notes = {0: "the guide alone\n", 1: "the model alone\n"}
+    rows = []
+    for w, images in sorted(material.claims["guidance"]["ladder"].items()):
+        brightness = from_uint8(images).mean().item()
+        rows.append((f"w = {w:g}", images, f"{notes.get(w, '')}mean pixel {brightness:.2f}"))
+    return draw_rows("The same eight seeds as guidance grows", rows)
+
+
 FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_loss,
            "trajectory": plot_trajectory, "grid": plot_grid}
 CLAIMS = {"difficulty": plot_difficulty, "decided": plot_decided, "noise": plot_noise,
           "copies": plot_copies, "epochs": plot_epochs, "bits": plot_bits,
-          "samplers": plot_samplers}
+          "samplers": plot_samplers, "guided": plot_guided, "tradeoff": plot_tradeoff,
+          "ladder": plot_ladder}
 
 
 # =========================================================================================
@@ -838,6 +1050,9 @@ STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False,
 
 KNOWN = [*FIGURES, "animation", *CLAIMS]  # the names of all figures, in the order of drawing
 
+# The measurements of those figures that are not drawn from one of their own name.
+SOURCES = {"guided": "guidance", "tradeoff": "guidance_choice", "ladder": "guidance"}
+
 
 def fingerprint(path: Path) -> str:
     """The first digits of the SHA-256 of a model file, by which measurements name it."""
@@ -849,8 +1064,8 @@ def measured(path: Path) -> dict:
 
     path  the model file; claims.pt, bound.json and seeds.json in its folder are read if they exist
 
-    Returns {name of the figure: its numbers}. Measurements of any other model are left out. Raises
-    ValueError if a file is damaged.
+    Returns {name of the figure: its numbers}, with the name in SOURCES instead if there is one.
+    Measurements of any other model are left out. Raises ValueError if a file is damaged.
     """
     mark = fingerprint(path)
     measurements = {}
@@ -965,10 +1180,12 @@ def choose_figures(asked: list[str], claims: dict, path: Path) -> list[str]:
     for, prints which are left out.
     """
     names = asked if asked else KNOWN
-    missing = [name for name in names if name in CLAIMS and name not in claims]
+    missing = [name for name in names
+               if name in CLAIMS and SOURCES.get(name, name) not in claims]
     if missing:
         message = (f"not measured beside {path}: {', '.join(missing)} (measure them by python -m "
-                   "tests.experiments.measure, bits by python -m tests.experiments.bound)")
+                   "tests.experiments.measure, bits by python -m tests.experiments.bound, guided, "
+                   "tradeoff and ladder by python -m tests.experiments.guidance)")
         if asked:
             raise ValueError(message)
         print(message, file=sys.stderr)

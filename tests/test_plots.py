@@ -21,12 +21,15 @@ from plots import CLAIMS, FIGURES, draw, fingerprint, frame_levels, gather, meas
 from sample import SHIPPED, to_uint8
 from schedule import NoiseSchedule
 from strategies import normal, pictures
+from tests.experiments.guidance import INTERVAL, PARTS, REPORTED, Setting
 from train import BLOG_LOSS, from_uint8, load_checkpoint
 
 # As if measured: T = 20, losses that fall as 1/t, a digit that is decided at t = 6.
 FALLING = torch.cat([torch.zeros(1), 1 / torch.arange(1, 21)]).double()
 CHAIN = {"images": pictures(8), "spread": 0.25, "confident": 0.75, "count": 10, "seconds": 0.5,
          "classes": [1, 1, 1, 4, 0, 0, 1, 1, 1, 0], "distances": {500: 5.5, 2000: 4.5}}
+TWICE = (0.4, 0.4)  # two restarts
+SETTINGS = {setting.name: setting for setting in REPORTED}
 MEASURED = {
     "digits": {"images": pictures(4, seed=7)},
     "difficulty": {"linear": 2 * FALLING, "epochs": {k: FALLING * (1 + 1 / k) for k in (1, 5, 15)}},
@@ -43,7 +46,19 @@ MEASURED = {
                  "images": {"ddpm 5": pictures(8), "ddpm 9, restarted": pictures(8)},
                  "floor": {500: (1.25, 0.1), 2000: (1.0, 0.1)}},
     "loss": {"runs": [{"held_out": [0.3]}, {"held_out": [0.2]}]},
+    "guidance": {
+        "rows": {name: setting._asdict() | {"confident": 0.75, "count": 2000, "evaluations": 20.0}
+                 for name, setting in SETTINGS.items()},
+        "images": {name: pictures(32, seed=k) for k, name in enumerate(SETTINGS)},
+        "ladder": {5.0: pictures(8, seed=5), 0.0: pictures(8), 1.0: pictures(8, seed=1)}},
+    "guidance_choice": {"rows": {}, "real": {"confident": 0.975, "distances": {500: 3, 2000: 1}}},
 }
+for chosen, share, distance in (
+        (Setting(), 0.75, 8.0), (Setting(2, 3.0), 0.95, 14.0), (Setting(2, 2.0), 0.9, 5.0),
+        (Setting(1, 2.0, INTERVAL, TWICE), 0.96, 4.5), (Setting(1, 2.0, INTERVAL), 0.925, 4.0),
+        (Setting(1, 2.0), 0.875, 6.0), (Setting(restarts=TWICE), 0.8, 7.0)):
+    MEASURED["guidance_choice"]["rows"][chosen.name] = chosen._asdict() | {
+        "confident": share, "distances": {200: 9.0, 500: distance}}
 EVERY = [*FIGURES, "animation", *CLAIMS]
 
 
@@ -64,6 +79,16 @@ def notes(figure: Figure) -> list[str]:
 def drawn_image(ax) -> torch.Tensor:
     """The pixels of the picture in these axes."""
     return torch.from_numpy(ax.images[0].get_array().data)
+
+
+def assert_tiles(ax, images: torch.Tensor) -> None:
+    """These images, uint8, stand in the axes in rows of eight, on the grey scale of all figures."""
+    assert ax.images[0].get_clim() == (-1, 1)
+    tiled = drawn_image(ax)
+    assert tiled.shape == (2 + 30 * -(-len(images) // 8), 242)
+    for k, image in enumerate(images):
+        top, left = 2 + 30 * (k // 8), 2 + 30 * (k % 8)
+        assert torch.equal(tiled[top:top + 28, left:left + 28], from_uint8(image[0]))
 
 
 def like_the_blogs(material):
@@ -434,6 +459,95 @@ def test_samplers_are_shown_once():
     assert shown == ["ddim 20", "sde-dpm++ 20, restarted"]
 
 
+# ----------------------------------------------------------------------------- figures of guidance
+
+def test_settings_that_are_compared_are_reported():
+    """The names of the two settings are names of the experiment; one is unguided, one is not."""
+    assert SETTINGS[script.UNGUIDED].guide is None and not SETTINGS[script.UNGUIDED].restarts
+    assert SETTINGS[script.GUIDED].guide is not None and SETTINGS[script.GUIDED].weight > 1
+
+
+def test_guided_digits_stand_beside_unguided_ones(material):
+    """On the left the unguided ones, on the right the guided ones, each under its own title."""
+    figure = script.plot_guided(material)
+    guidance = MEASURED["guidance"]
+    for ax, name in zip(figure.axes, (script.UNGUIDED, script.GUIDED), strict=True):
+        assert_tiles(ax, guidance["images"][name])
+        assert ax.get_title() == script.describe_setting(guidance["rows"][name])
+    assert figure.get_suptitle() == "MNIST: seeds 0 to 31, row by row"
+
+
+@pytest.mark.parametrize("setting, words", [
+    (Setting(), "20 steps of sde-dpm++\nunguided\n"),
+    (Setting(3, 2.5), "20 steps of sde-dpm++\nw = 2.5, guide: epoch 3\n"),
+    (Setting(2, 2.0, (150, 700)),
+     "20 steps of sde-dpm++\nw = 2, guide: epoch 2, t from 150 to 700\n"),
+    (Setting(2, 1.5, None, (0.4, 0.3), "ddpm", 50),
+     "50 steps of ddpm, 2 restarts\nw = 1.5, guide: epoch 2\n")])
+def test_setting_in_words(setting, words):
+    """Sampler, steps and restarts; w, guide and interval; what came of it, and at what cost."""
+    row = setting._asdict() | {"confident": 0.916, "count": 2000, "evaluations": 31.0}
+    assert script.describe_setting(row) == (
+        words + "92% of 2,000 digits are clear, 31 evaluations each")
+
+
+def test_curves_of_guides_rise_along_w():
+    """A curve for each guide, interval and number of restarts. Each begins at w = 1 with the
+    unguided digits of the same restarts, and w grows."""
+    rows = MEASURED["guidance_choice"]["rows"]
+    names = {id(row): name for name, row in rows.items()}
+    curves = [[names[id(row)] for row in curve] for curve in script.curves_of_guides(rows)]
+    assert curves == [[setting.name for setting in curve] for curve in (
+        (Setting(), Setting(1, 2.0)),
+        (Setting(), Setting(2, 2.0), Setting(2, 3.0)),
+        (Setting(), Setting(1, 2.0, INTERVAL)),
+        (Setting(restarts=TWICE), Setting(1, 2.0, INTERVAL, TWICE)))]
+
+
+def test_tradeoff_shows_curves_and_what_to_compare_them_with(material):
+    """Distance from left to right, clear share upwards; one colour for each guide, dashed with an
+    interval, dotted with restarts; w beside each point that is guided, the others by name."""
+    ax = script.plot_tradeoff(material).axes[0]
+    curves = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle())
+              for line in ax.lines]
+    assert curves == [
+        ([8, 6], [0.75, 0.875], "-"), ([8, 5, 14], [0.75, 0.9, 0.95], "-"),
+        ([8, 4], [0.75, 0.925], "--"), ([7, 4.5], [0.8, 0.96], ":"),
+        ([8], [0.75], "None"), ([7], [0.8], "None"), ([3], [0.975], "None")]
+    assert [line.get_color() for line in ax.lines[:4]] == [
+        script.OURS, script.BLOG, script.OURS, script.OURS]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "guide: epoch 1", "guide: epoch 2", "guide: epoch 1, t from 150 to 700",
+        "guide: epoch 1, t from 150 to 700, 2 restarts"]
+    assert [(text.get_text(), *text.xy) for text in ax.texts] == [
+        ("2", 6, 0.875), ("2", 5, 0.9), ("3", 14, 0.95), ("2", 4, 0.925), ("2", 4.5, 0.96),
+        ("unguided", 8, 0.75), ("unguided, 2 restarts", 7, 0.8), ("real digits", 3, 0.975)]
+    assert "of 500 digits" in ax.get_xlabel()
+
+
+def test_tradeoff_needs_no_real_digits(material):
+    """If they were not measured, the curves and the unguided digits are drawn as before."""
+    other = copy.deepcopy(material)
+    del other.claims["guidance_choice"]["real"]
+    ax = script.plot_tradeoff(other).axes[0]
+    assert len(ax.lines) == 6 and ax.texts[-1].get_text() == "unguided, 2 restarts"
+
+
+def test_ladder_rises_with_w(material):
+    """A row for each w in ascending order, with the mean of its pixels; 0 and 1 are explained."""
+    figure = script.plot_ladder(material)
+    ladder = MEASURED["guidance"]["ladder"]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["w = 0", "w = 1", "w = 5"]
+    for ax, w in zip(figure.axes, (0.0, 1.0, 5.0)):
+        assert_tiles(ax, ladder[w])
+    # pictures() are black and white: -1 and +1.
+    white = [(ladder[w] == 255).double().mean().item() for w in (0.0, 1.0, 5.0)]
+    first, second, third = (f"mean pixel {2 * share - 1:.2f}" for share in white)
+    assert notes(figure) == [f"the guide alone\n{first}", f"the model alone\n{second}", third]
+
+
+# ---------------------------------------------------------------------------- docstrings of figures
+
 def numbers_in_docstrings() -> list[tuple[str, str]]:
     """(figure, words of its docstring), with the numbers computed from what was measured of the
     shipped model."""
@@ -478,6 +592,9 @@ def numbers_in_docstrings() -> list[tuple[str, str]]:
                          ("sde-dpm++ 20, restarted", "restarted ones ({:.1f})")):
         quotes.append(("samplers", words.format(distances[chain])))
 
+    deviation = claims["samplers"]["floor"][500][1]
+    quotes.append(("tradeoff", f"500 real digits its standard deviation is {deviation:.1f}"))
+
     # Bits per pixel.
     quotes.append(("bits", f"at most {claims['bits']['optimal']['total'][0]:.3f} are needed"))
     for variance, words in (("beta_tilde", "{:.0%} with β̃_t"),
@@ -504,6 +621,9 @@ def test_docstrings_say_how_to_measure():
         source = (experiments / f"{command[1]}.py").read_text(encoding="utf-8")
         if command[1] == "measure":
             assert command[2] == name and f"def {name}(" in source
+        if command[1] == "guidance":
+            _, key, _ = PARTS[command[2]]
+            assert key == script.SOURCES[name]
     for plot in FIGURES.values():
         for module in re.findall(r"-m tests\.experiments\.(\w+)", plot.__doc__):
             assert (experiments / f"{module}.py").exists()
@@ -544,12 +664,16 @@ def test_figures_that_were_not_measured_are_left_out_or_refused(tmp_path, capsys
     chosen = script.choose_figures([], claims, path)
     assert chosen == [*FIGURES, "animation", "noise", "bits"]
     err = capsys.readouterr().err
-    assert f"not measured beside {path}: difficulty, decided, copies, epochs, samplers (" in err
+    assert (f"not measured beside {path}: difficulty, decided, copies, epochs, samplers, guided, "
+            "tradeoff, ladder (") in err
     assert err.count("\n") == 1
     assert script.choose_figures(["noise", "grid"], claims, path) == ["noise", "grid"]
+    claims["guidance"] = {}  # of which two figures are drawn
+    assert script.choose_figures(["ladder", "guided"], claims, path) == ["ladder", "guided"]
     assert not capsys.readouterr().err
-    with pytest.raises(ValueError, match="not measured beside .*: decided"):
-        script.choose_figures(["noise", "decided"], claims, path)
+    for name in ("decided", "tradeoff"):
+        with pytest.raises(ValueError, match=f"not measured beside .*: {name} "):
+            script.choose_figures(["noise", name], claims, path)
 
 
 def test_figures_lie_beside_the_model_they_show(tmp_path):
