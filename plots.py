@@ -1000,7 +1000,7 @@ def plot_tradeoff(material: Material) -> Figure:
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(xlabel=f"Fréchet distance of {count:,} digits to real ones (less is better)",
            ylabel="clear digits (more is better)", title="Guidance: w along each curve")
     ax.legend()

@@ -531,6 +531,10 @@ def test_tradeoff_needs_no_real_digits(material):
     del other.claims["guidance_choice"]["real"]
     ax = script.plot_tradeoff(other).axes[0]
     assert len(ax.lines) == 6 and ax.texts[-1].get_text() == "unguided, 2 restarts"
+    # The labels of the axes are not rounded; here they are 2.5 % apart.
+    assert [float(label.get_text().strip("%")) / 100 for label in ax.get_yticklabels()] == (
+        pytest.approx(list(ax.get_yticks())))
+    assert [float(label.get_text()) for label in ax.get_xticklabels()] == list(ax.get_xticks())
 
 
 def test_ladder_rises_with_w(material):
