@@ -643,35 +643,53 @@ def test_killed_run_goes_on_from_its_last_file(tmp_path):
     assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
 
 
-def test_divergence_is_noticed_within_twenty_steps(tmp_path):
-    """A loss that turns to nan in the middle of a long epoch stops the run at the next look."""
+@pytest.mark.parametrize("poisoned, noticed, kept", [(3, 9, 1), (10, 20, 9), (31, 40, 9)])
+def test_divergence_is_noticed_within_twenty_steps(poisoned, noticed, kept, tmp_path):
+    """A loss that turns to nan in the middle of a long epoch stops the run at the next look.
+
+    The losses of 64 steps are looked at after the first one, after the ninth, when early.pt is
+    written, and after every twentieth. So all files are left as they were after the first step or
+    after the ninth, the last time that they were written.
+    """
     seen = []
 
     def poison(run):
         seen.append(run.step)
-        if run.step == 31:
+        if run.step == poisoned:
             torch.nn.init.constant_(run.model.stem.bias, math.nan)
 
-    with pytest.raises(FloatingPointError, match="finite in epoch 1, step 40"):
+    with pytest.raises(FloatingPointError, match=f"finite in epoch 1, step {noticed};"):
         learn(small(tmp_path, epochs=1, batch_size=2), after_step=poison,
               images=(pictures(128, 8), IMAGES[1]))
-    assert seen == list(range(1, 41))
-    kept = load_checkpoint(tmp_path / "last.pt")  # as it was written after the first step
-    assert len(kept.history["step_loss"]) == 1
-    assert all(w.isfinite().all() for w in kept.state["weights"].values())
+    assert seen == list(range(1, noticed + 1))
+    assert (tmp_path / "early.pt").exists() == (kept == 9)
+    for path in tmp_path.iterdir():
+        saved = load_checkpoint(path, network=little)
+        assert len(saved.history["step_loss"]) == kept
+        assert all(w.isfinite().all() for w in saved.state["average"].values())
+    last = load_checkpoint(tmp_path / "last.pt", network=little)
+    assert all(w.isfinite().all() for w in last.state["weights"].values())
 
 
-def test_average_that_is_not_finite_is_noticed_before_it_is_saved(tmp_path):
-    """The losses of an epoch may be finite and the held-out loss is not: nothing is saved."""
+@pytest.mark.parametrize("poisoned, where, kept", [
+    (2, "epoch 1, step 2", 1),  # of 12 steps, early.pt is written after 2
+    (7, "epoch 2, step 3", 4),  # the run is told to stop after this one
+    (8, "epoch 2, step 4", 4)])
+def test_average_that_is_not_finite_is_noticed_before_it_is_saved(poisoned, where, kept, tmp_path):
+    """The losses may be finite and the averaged weights are not: nothing is saved, neither in the
+    middle of an epoch nor at its end, where it is the held-out loss that is not finite."""
     def poison(run):
-        if run.step == 8:
+        if run.step == poisoned:
             torch.nn.init.constant_(run.average.stem.bias, math.nan)
+        return run.step == poisoned == 7
 
-    with pytest.raises(FloatingPointError, match="finite in epoch 2, step 4"):
+    with pytest.raises(FloatingPointError, match=f"finite in {where};"):
         learn(small(tmp_path), after_step=poison)
     for name in ("model.pt", "last.pt"):
-        kept = load_checkpoint(tmp_path / name)  # as it was written after epoch 1
-        assert len(kept.history["step_loss"]) == 4 and kept.model.stem.bias.isfinite().all()
+        saved = load_checkpoint(tmp_path / name, network=little)
+        assert len(saved.history["step_loss"]) == kept
+        assert saved.model.stem.bias.isfinite().all()
+    assert (tmp_path / "early.pt").exists() == (kept == 4)
 
 
 def test_same_seed_same_run_other_seed_other_run(tmp_path):
@@ -941,22 +959,24 @@ def test_files_of_a_run_hold_what_the_top_of_the_script_says(tmp_path):
     """model.pt holds what sample.py needs: averaged weights, options, losses, and what it takes to
     build network and schedule. last.pt holds all of model.pt, and what it takes to go on: the
     weights in training, Adam, the generator, the order of the images, the seconds of the epoch.
-    epoch-N.pt is the model.pt of epoch N in half precision. A run has no other files.
+    epoch-N.pt is the model.pt of epoch N in half precision, and early.pt that of two fifteenths of
+    all steps, here the first of eight. A run has no other files.
     """
-    averages = []
+    averages = []  # after the first step and after both epochs
     kept = {}
 
     def look(run):
-        if run.epoch_is_complete:
+        if run.step == 1 or run.epoch_is_complete:
             averages.append(copy.deepcopy(run.average.state_dict()))
         kept["run"] = run
 
     config = small(tmp_path, epochs=2)
     history = learn(config, network=Plain, after_step=look)
     run = kept["run"]
-    names = ["epoch-1.pt", "epoch-2.pt", "last.pt", "model.pt"]
+    names = ["early.pt", "epoch-1.pt", "epoch-2.pt", "last.pt", "model.pt"]
     assert sorted(files(tmp_path)) == names
-    first, second, last, model = (torch.load(tmp_path / name, weights_only=True) for name in names)
+    early, first, second, last, model = (torch.load(tmp_path / name, weights_only=True)
+                                         for name in names)
 
     # What sample.py needs.
     assert set(model) == {"config", "network", "history", "betas", "average"}
@@ -966,7 +986,7 @@ def test_files_of_a_run_hold_what_the_top_of_the_script_says(tmp_path):
     assert torch.equal(model["betas"], NoiseSchedule().beta[1:])
     assert set(model["average"]) == {name for name, _ in run.model.named_parameters()}
     for name, weight in model["average"].items():
-        assert torch.equal(weight, averages[1][name]) and weight.dtype == torch.float32
+        assert torch.equal(weight, averages[2][name]) and weight.dtype == torch.float32
 
     # What --resume needs.
     assert set(last) - set(model) == {"weights", "adam", "order", "generator", "seconds"}
@@ -982,16 +1002,20 @@ def test_files_of_a_run_hold_what_the_top_of_the_script_says(tmp_path):
     assert sorted(last["order"].tolist()) == list(range(32))
 
     # What there is to look back at.
-    for file, epoch in ((first, 1), (second, 2)):
-        assert set(file) == set(model) and len(file["history"]["loss"]) == epoch
+    for file, average, step in zip((early, first, second), averages, (1, 4, 8), strict=True):
+        assert set(file) == set(model) and len(file["history"]["step_loss"]) == step
+        assert len(file["history"]["loss"]) == step // 4
+        assert set(file["average"]) == set(average)
         for name, weight in file["average"].items():
-            assert torch.equal(weight, averages[epoch - 1][name].half())
-    read = load_checkpoint(tmp_path / "epoch-1.pt", network=Plain).model
-    assert all(p.dtype == torch.float32 for p in read.parameters())
+            assert torch.equal(weight, average[name].half()) and weight.dtype == torch.float16
+    for name in ("early.pt", "epoch-1.pt"):
+        read = load_checkpoint(tmp_path / name, network=Plain).model
+        assert all(p.dtype == torch.float32 for p in read.parameters())
 
 
 def test_files_are_written_after_the_first_step_and_when_a_run_is_stopped(tmp_path):
-    """So a full disk is noticed early. A file of the epoch is written only at its end."""
+    """So a full disk is noticed early. A file of the epoch is written only at its end, and early.pt
+    after the second of twelve steps, never again."""
     def saved_steps() -> dict[str, int]:
         """The number of steps that each file of the folder knows of."""
         return {path.name: len(torch.load(path)["history"]["step_loss"])
@@ -1005,9 +1029,59 @@ def test_files_are_written_after_the_first_step_and_when_a_run_is_stopped(tmp_pa
 
     learn(small(tmp_path), network=Plain, after_step=look)
     after_step_1 = {"last.pt": 1, "model.pt": 1}
-    after_epoch_1 = {"last.pt": 4, "model.pt": 4, "epoch-1.pt": 4}
-    assert seen == [{}, *[after_step_1] * 3, *[after_epoch_1] * 3]
-    assert saved_steps() == {"last.pt": 7, "model.pt": 7, "epoch-1.pt": 4}
+    after_step_2 = {"last.pt": 2, "model.pt": 2, "early.pt": 2}
+    after_epoch_1 = {"last.pt": 4, "model.pt": 4, "early.pt": 2, "epoch-1.pt": 4}
+    assert seen == [{}, after_step_1, *[after_step_2] * 2, *[after_epoch_1] * 3]
+    assert saved_steps() == {"last.pt": 7, "model.pt": 7, "early.pt": 2, "epoch-1.pt": 4}
+
+
+@pytest.mark.parametrize("epochs, batch_size, early", [(15, 8, 8), (1, 2, 2), (1, 8, 1)])
+def test_early_state_is_that_of_two_fifteenths_of_the_steps(epochs, batch_size, early, tmp_path):
+    """early.pt holds what model.pt held after round(2/15 of all steps) steps, and at least one, in
+    half precision: of 15 epochs that is epoch 2, of 16 steps the second, of four the first. It does
+    so whether or not the run is stopped before that step, in it or after it, and resumed.
+    """
+    averages = {}
+
+    def look(run):
+        averages[run.step] = copy.deepcopy(run.average.state_dict())
+
+    for stop in (None, early - 1, early, early + 1):
+        if stop == 0:
+            continue
+        config = small(tmp_path / str(stop), epochs=epochs, batch_size=batch_size)
+        if stop is None:
+            history = learn(config, network=Plain, after_step=look)
+        else:
+            learn(config, network=Plain, after_step=stop_after(stop))
+            assert (tmp_path / str(stop) / "early.pt").exists() == (stop >= early)
+            learn(config, network=Plain, resume=True)
+        file = torch.load(tmp_path / str(stop) / "early.pt", weights_only=True)
+        assert file["history"]["step_loss"] == history["step_loss"][:early]
+        assert set(file["average"]) == set(averages[early])
+        for name, weight in file["average"].items():
+            assert torch.equal(weight, averages[early][name].half())
+        if epochs == 15:
+            epoch_2 = torch.load(tmp_path / str(stop) / "epoch-2.pt", weights_only=True)
+            assert all(torch.equal(w, epoch_2["average"][name])
+                       for name, w in file["average"].items())
+
+
+def test_early_step_is_the_nearest_to_two_fifteenths():
+    """Of the shipped model, whose 15 epochs have 468 steps each, it is the last of epoch 2; of
+    --quick it is step 93 of 700. For any number of steps S it is the integer part of
+    (4 S + 15)/30, which is 2 S/15 + 1/2, but at least 1, so that any run has such a state."""
+    def early_step(steps_per_epoch: int, **options) -> int:
+        config = Config(**{"out": "nowhere", "device": "cpu"} | options)
+        run = Run(config, NoiseSchedule(), steps_per_epoch * config.batch_size, {"size": 8}, Plain)
+        return run.early_step
+
+    assert early_step(468) == 2 * 468
+    assert early_step(700, **QUICK) == 93
+    for epochs in (1, 2, 7, 15, 30):
+        for count in range(1, 40):
+            expected = max(1, (4 * epochs * count + 15) // 30)
+            assert early_step(count, epochs=epochs) == expected
 
 
 def test_model_file_holds_the_averaged_weights(tiny_run):
