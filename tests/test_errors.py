@@ -82,6 +82,14 @@ def place(tmp_path_factory, tiny_run):
     torch.save({**state, "network": {"depth": 5}}, place / "keys.pt")
     torch.save({**state, "config": {**state["config"], "T": -1}}, place / "config.pt")
 
+    # Guides that do not fit good.pt, beside which there is none: of another network, and of another
+    # schedule.
+    with torch.random.fork_rng(devices=[]):
+        other = little()
+    torch.save({**state, "network": other.config, "average": other.state_dict()},
+               place / "network.pt")
+    torch.save({**state, "betas": state["betas"] * 0.99}, place / "schedule.pt")
+
     # Folders of runs: one that is finished, and three that cannot go on.
     (place / "run").mkdir()
     for name in ("model.pt", "last.pt"):
@@ -140,6 +148,15 @@ TABLE = [
     ("sample", "--out digits", 2, "ends in .png"),
     ("sample", "--gif a.png", 2, "ends in .gif"),
     ("sample", "--device abacus", 2, "here: auto, "),
+    ("sample", "--guidance nan", 2, "--guidance must be between 0 and 100, not nan"),
+    ("sample", "--guidance inf", 2, "--guidance must be between 0 and 100, not inf"),
+    ("sample", "--guidance -1", 2, "--guidance must be between 0 and 100, not -1"),
+    ("sample", "--guidance much", 2, "invalid float value: 'much'"),
+    ("sample", "--guide {p}/good.pt", 2, "--guide and --interval are for --guidance"),
+    ("sample", "--interval 1-5", 2, "--guide and --interval are for --guidance"),
+    ("sample", "--guidance 1 --guide {p}/good.pt", 2, "are for --guidance; 2 is usual"),
+    ("sample", "--guidance 2 --interval some", 2, "'some' is not an interval of t such as 150-700"),
+    ("sample", "--guidance 2 --interval 700-150", 2, "'700-150' is not an interval"),
     ("plots", "losses", 2, "known are forward, embedding, loss, trajectory, grid"),
     ("plots", "loss --device abacus", 2, "here: auto, "),
     *[(name, "--device cpu:x", 2, "cpu:x") for name in ("train", "sample", "plots")],
@@ -168,6 +185,17 @@ TABLE = [
     ("sample", "--checkpoint {p}/good.pt --steps 0", 1, "steps must be between 1 and 20"),
     ("sample", "--checkpoint {p}/good.pt --steps 21", 1, "steps must be between 1 and 20"),
     ("plots", "loss --checkpoint {p}/half.pt", 1, "is damaged, or no model file"),
+    # Guides that are missing, damaged or do not fit.
+    ("sample", "--guidance 2", 1, "no early.pt and no epoch-1.pt beside {p}/good.pt to guide it; "
+     "name an earlier state of the same network by --guide"),
+    ("sample", "--guidance 2 --guide {p}/nowhere.pt", 1, "no model file {p}/nowhere.pt"),
+    ("sample", "--guidance 2 --guide {p}/empty", 1, "no model file {p}/empty"),
+    *[("sample", f"--guidance 2 --guide {{p}}/{name}.pt", 1,
+       f"{{p}}/{name}.pt is damaged, or no model file") for name in ("half", "code", "size")],
+    ("sample", "--guidance 2 --guide {p}/network.pt", 1,
+     "{p}/network.pt has another network than {p}/good.pt"),
+    ("sample", "--guidance 2 --guide {p}/schedule.pt", 1,
+     "{p}/schedule.pt has another schedule than {p}/good.pt"),
     # Folders and files that cannot be written.
     ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/file", 1, "file"),
     ("train", f"--data {{p}}/mnist {BATCH} --out /proc/nowhere", 1, "/proc/nowhere"),

@@ -19,6 +19,7 @@ they allow, how likely a false alarm is, and which error they notice with 99.9 %
 """
 
 import argparse
+import functools
 import inspect
 import json
 import math
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
@@ -36,8 +37,9 @@ from torchvision.utils import make_grid
 
 import sample as script
 import train
-from sample import (SAMPLERS, VARIANCES, ddim_step, dpm_step, draw_digit, p_step, parse_seeds,
-                    predict_clean, sample, timesteps, to_uint8)
+from sample import (RESTARTS, SAMPLERS, VARIANCES, Guided, ddim_step, dpm_step, draw_digit,
+                    find_guide, guided, p_step, parse_interval, parse_seeds, predict_clean, restart,
+                    sample, timesteps, to_uint8)
 from schedule import NoiseSchedule
 from strategies import FEW, SEED, normal, pictures, schedules, schedules_and_t
 from unet import UNet
@@ -1144,6 +1146,393 @@ def test_few_steps_are_chained_with_the_noise_of_the_seed(schedule, seed, sample
     assert torch.equal(chain[-1][1], x)
 
 
+# --------------------------------------------------------------------------------------- guidance
+
+def pair(schedule) -> tuple[Gaussian, Gaussian]:
+    """A model and a worse network: perfect predictors for two kinds of data."""
+    return Gaussian(schedule, 0.2, 0.3), Gaussian(schedule, -0.1, 0.8)
+
+
+@given(schedules_and_t(), SEED)
+def test_guidance_of_1_is_the_model_and_of_0_the_worse_network(drawn, seed):
+    """Bit for bit. With w = 1 the worse network is never asked, so it costs one evaluation."""
+    schedule, t = drawn
+    model, worse = pair(schedule)
+    xt = normal(seed, 3, 1, 3, 3)
+    levels = torch.full((3,), t)
+    assert torch.equal(Guided(model, worse, 1.0)(xt, levels), model(xt, levels))
+    assert worse.calls == []
+    assert torch.equal(Guided(model, worse, 0.0)(xt, levels), worse(xt, levels))
+
+
+@given(schedules_and_t(), SEED, st.floats(-100, 100))
+def test_a_network_that_guides_itself_changes_nothing(drawn, seed, w):
+    """eps + w (eps - eps) = eps, bit for bit, for every w."""
+    schedule, t = drawn
+    model, _ = pair(schedule)
+    xt = normal(seed, 3, 1, 3, 3)
+    levels = torch.full((3,), t)
+    assert torch.equal(Guided(model, model, w)(xt, levels), model(xt, levels))
+
+
+@given(schedules_and_t(), SEED, st.floats(-10, 10), st.floats(-10, 10), st.floats(-2, 3))
+def test_guidance_is_affine_in_w(drawn, seed, a, b, share):
+    """The predictions of w = a, w = b and a third w between them or beyond lie on one line. With
+    the two laws above, this leaves no other formula than eps_worse + w (eps_model - eps_worse).
+
+    The predictors are of the size of xt, at most 5. With |w| up to 50 the sums are good to 1e-12.
+    """
+    schedule, t = drawn
+    xt = normal(seed, 3, 1, 3, 3)
+    levels = torch.full((3,), t)
+
+    def prediction(w: float) -> torch.Tensor:
+        return Guided(*pair(schedule), w)(xt, levels)
+
+    line = (1 - share) * prediction(a) + share * prediction(b)
+    assert (prediction((1 - share) * a + share * b) - line).abs().max() < 1e-11
+
+
+@given(st.integers(1, 10), st.integers(1, 10), SEED)
+def test_interval_bounds_where_guidance_acts(one, other, seed):
+    """At low <= t <= high, both ends included, the prediction is the guided one; at any other t it
+    is the model's, and the worse network is not asked. In a batch each image goes by its own t.
+    """
+    low, high = sorted((one, other))
+    model, worse = pair(STEEP)
+    limited = Guided(model, worse, 2.5, (low, high))
+    xt = normal(seed, 10, 1, 3, 3)
+    t = torch.arange(1, 11)
+    always = Guided(*pair(STEEP), 2.5)(xt, t)
+    alone = model(xt, t)
+    assert (always != alone).flatten(1).all(dim=1).all()
+    together = limited(xt, t)
+    assert len(worse.calls) == 1
+    for i in range(10):
+        worse.calls.clear()
+        acts = low <= i + 1 <= high
+        expected = always if acts else alone
+        assert torch.equal(together[i], expected[i])
+        assert torch.equal(limited(xt[i:i + 1], t[i:i + 1])[0], expected[i])
+        assert len(worse.calls) == acts
+
+
+class Mistaken(Gaussian):
+    """A perfect predictor that errs by `size` times the waves sin(3 xt + phase)."""
+
+    def __init__(self, schedule, size: float, phase: float = 0.0):
+        super().__init__(schedule, 0.1, 0.3)
+        self.size = size
+        self.phase = phase
+
+    def forward(self, xt, t):
+        return super().forward(xt, t) + self.size * torch.sin(3 * xt + self.phase)
+
+
+@given(schedules_and_t(), SEED, st.floats(1.25, 10), st.floats(0, 6))
+def test_guidance_removes_a_mistake_that_both_share(drawn, seed, k, w):
+    """If the model errs by e and the worse network by k e, what is left is (k - w (k-1)) e; with
+    w = k/(k-1), nothing: 2 if the worse one errs twice as much. A model and a worse network that
+    err by e and f leave w e - (w-1) f, so mistakes that they do not share are enlarged.
+    """
+    schedule, t = drawn
+    xt = normal(seed, 3, 1, 3, 3)
+    levels = torch.full((3,), t)
+    perfect = Mistaken(schedule, 0.0)(xt, levels)
+    model = Mistaken(schedule, 0.2)
+    worse = Mistaken(schedule, 0.2 * k)
+    e = 0.2 * torch.sin(3 * xt)
+    left = Guided(model, worse, w)(xt, levels) - perfect
+    assert (left - (k - w * (k - 1)) * e).abs().max() < 1e-12
+    assert (Guided(model, worse, k / (k - 1))(xt, levels) - perfect).abs().max() < 1e-12
+
+    f = 0.2 * torch.cos(3 * xt)
+    other = Mistaken(schedule, 0.2, phase=math.pi / 2)
+    left = Guided(model, other, w)(xt, levels) - perfect
+    assert (left - (w * e - (w - 1) * f)).abs().max() < 1e-12
+
+
+@FEW
+@given(SEED, st.floats(0, 4), st.sampled_from(list(SAMPLERS)), st.booleans(),
+       st.sampled_from([None, (3, 7), (8, 10), (1, 1)]), st.data())
+def test_guided_chain_mixes_the_two_predictions_in_every_step(seed, w, sampler, clip, interval,
+                                                               data):
+    """sample() with a guided network takes the steps of the sampler with
+    eps_hat = w eps_model + (1-w) eps_worse at the t of the interval, and with eps_model at others.
+    x0_hat is that of the mixture, clipped afterwards. In float64, from a given x_T.
+
+    STEEP magnifies rounding by less than 1e4 from T to 0.
+    """
+    steps = data.draw(st.integers(1, 10))
+    model, worse = pair(STEEP)
+    x = normal(seed + 1, 1, 1, 4, 4)
+    chain = list(sample(Guided(model, worse, w, interval), STEEP, [seed], sampler, steps=steps,
+                        clip=clip, start=(10, x), shape=(1, 4, 4)))
+    levels = timesteps(STEEP, sampler, steps)
+    assert [t for t, _, _ in chain] == levels
+
+    generator = torch.Generator().manual_seed(seed)
+    torch.randn(1, 4, 4, generator=generator)  # x_T, in place of which x is given
+    previous = None
+    for (t, xt, x0_hat), s in zip(chain, levels[1:]):
+        assert (xt - x).abs().max() < 1e-9 * max(1, x.abs().max())
+        eps_hat = model(x, torch.tensor([t]))
+        if interval is None or interval[0] <= t <= interval[1]:
+            eps_hat = w * eps_hat + (1 - w) * worse(x, torch.tensor([t]))
+        implied = (x - (1 - STEEP.alpha_bar[t]).sqrt() * eps_hat) / STEEP.alpha_bar[t].sqrt()
+        if clip:
+            implied = implied.clamp(-1, 1)
+        assert (x0_hat - implied).abs().max() < 1e-9 * max(1, implied.abs().max())
+        z = torch.randn(1, 4, 4, generator=generator)[None]
+        if sampler == "ddpm":
+            x = p_step(STEEP, x, t, eps_hat, z, s, clip=clip)
+        elif sampler == "ddim":
+            x = ddim_step(STEEP, x, t, eps_hat, z, s, 0.0, clip)
+        else:
+            eta = 1.0 if sampler == "sde-dpm++" else 0.0
+            x = dpm_step(STEEP, x, t, eps_hat, z, s, previous, eta, clip)
+        previous = t, implied
+    assert (chain[-1][1] - x).abs().max() < 1e-9 * max(1, x.abs().max())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guided_chains_of_0_and_1_are_those_of_the_two_networks(sampler):
+    """Real sample(), bit for bit: w = 1 and an interval without any t of the chain give the chain
+    of the model, w = 0 that of the worse network."""
+    model, worse = pair(STEEP)
+
+    def images(network):
+        return last(sample(network, STEEP, [1, 2], sampler, steps=5, shape=(1, 4, 4)))
+
+    assert torch.equal(images(Guided(model, worse, 1.0)), images(model))
+    assert torch.equal(images(Guided(model, worse, 3.0, (11, 99))), images(model))
+    assert worse.calls == []
+    assert torch.equal(images(Guided(model, worse, 0.0)), images(worse))
+    assert not torch.equal(images(Guided(model, worse, 2.0)), images(model))
+
+
+@FEW
+@given(st.lists(SEED, min_size=1, max_size=4, unique=True), st.sampled_from([None, (3, 7)]),
+       st.data())
+def test_guided_and_restarted_image_depends_on_its_seed_alone(seeds, interval, data):
+    """Image k is the same alone and among others, bit for bit, with guidance, with restarts and
+    with both."""
+    def images(seeds: list[int], w: float) -> tuple[torch.Tensor, torch.Tensor]:
+        network = Guided(*pair(STEEP), w, interval)
+        x = last(sample(network, STEEP, seeds, "sde-dpm++", steps=5, shape=(1, 4, 4)))
+        return x, restart(network, STEEP, x, seeds)
+
+    k = data.draw(st.integers(0, len(seeds) - 1))
+    for w in (1.0, 2.0):
+        for together, alone in zip(images(seeds, w), images([seeds[k]], w)):
+            assert torch.equal(together[k], alone[0])
+
+
+# ------------------------------------------- what guidance draws: Gaussian data, three variances
+
+KINDS_OF_STEPS = ["ddim", "beta", "beta_tilde"]
+
+
+def real_guided_variance(schedule, lam: float, w: float, kind: str) -> list[float]:
+    """Var x_t of a chain of real steps, for t = T-1 down to 0, from Var x_T = 1: data N(0, 1),
+    guided with w by the perfect network of N(0, lam)."""
+    network = Guided(Gaussian(schedule, 0.0, 1.0), Gaussian(schedule, 0.0, lam), w)
+    variances = []
+    V = 1.0
+    for t in range(schedule.T, 0, -1):
+        eps_hat = network(ONE, torch.tensor([t]))
+        if kind == "ddim":
+            a = ddim_step(schedule, ONE, t, eps_hat, ZERO, clip=False).item()
+            b = 0.0
+        else:
+            a = p_step(schedule, ONE, t, eps_hat, ZERO, variance=kind, clip=False).item()
+            b = p_step(schedule, ZERO, t, ZERO, ONE, variance=kind, clip=False).item()
+        V = a**2 * V + b**2
+        variances.append(V)
+    return variances
+
+
+def guided_variance(betas: list[float], lam: float, w: float, kind: str) -> list[float]:
+    """The same by the recursion: eps_hat = sqrt(1 - alpha_bar_t) (w + (1-w)/v_t) x_t with
+    v_t = alpha_bar_t lam + 1 - alpha_bar_t, put into [DDPM Eq. 11] and [DDIM Eq. 12]."""
+    now = math.prod(1 - beta for beta in betas)  # alpha_bar_t
+    variances = []
+    V = 1.0
+    for t in range(len(betas), 0, -1):
+        beta = betas[t - 1]
+        then = now / (1 - beta) if t > 1 else 1.0
+        slope = w + (1 - w) / (now * lam + 1 - now)
+        if kind == "ddim":
+            x0 = (1 - (1 - now) * slope) / math.sqrt(now)
+            V *= (math.sqrt(then) * x0 + math.sqrt((1 - then) * (1 - now)) * slope) ** 2
+        else:
+            fresh = beta * (1 - then) / (1 - now) if kind == "beta_tilde" else beta
+            V = (1 - beta * slope) ** 2 / (1 - beta) * V + (fresh if t > 1 else 0)
+        variances.append(V)
+        now = then
+    return variances
+
+
+@FEW
+@given(schedules(), st.floats(0.25, 4), st.floats(-1, 4), st.sampled_from(KINDS_OF_STEPS))
+def test_variance_under_guidance_follows_its_recursion(schedule, lam, w, kind):
+    """Real steps with a guided network on Gaussian data: the variance of the chain at every t, to
+    1e-8 of the largest so far. With w = 1 or lam = 1 it is that of the perfect network alone.
+    """
+    real = real_guided_variance(schedule, lam, w, kind)
+    exact = guided_variance(schedule.beta[1:].tolist(), lam, w, kind)
+    largest = 1.0
+    for a, b in zip(real, exact, strict=True):
+        largest = max(largest, b)
+        assert abs(a - b) < 1e-8 * largest
+    unguided = guided_variance(schedule.beta[1:].tolist(), 1.0, 1.0, kind)
+    for trivial in (real_guided_variance(schedule, lam, 1.0, kind),
+                    real_guided_variance(schedule, 1.0, w, kind)):
+        assert max(abs(a - b) for a, b in zip(trivial, unguided)) < 1e-9
+
+
+@pytest.mark.parametrize("kind, golden, limit", [
+    ("ddim", 0.497677, 0.5), ("beta", 0.583639, 0.58333), ("beta_tilde", 0.576549, 0.58333)])
+def test_golden_variances_under_guidance(kind, golden, limit):
+    """Data N(0, 1) guided by the perfect network of N(0, 2) with w = 2, T = 1000, linear: Var x_0
+    of the real steps, to all six digits. The golden numbers were computed elsewhere.
+
+    They are near the variances of infinitely many steps, and none is near 0.66667, that of the
+    density p^w / p_worse^(w-1). So what is drawn is not that density, and depends on the sampler.
+    """
+    lam = w = 2
+    V = real_guided_variance(LINEAR, lam, w, kind)[-1]
+    assert abs(V - golden) < 6e-7
+    assert abs(V - limit) < 0.007
+    assert abs(V - lam / (w * lam - w + 1)) > 0.08
+
+
+@pytest.mark.parametrize("lam, w", [(2, 2), (0.5, 2), (3, 1.5), (2, 0.25)])
+@pytest.mark.parametrize("kind", KINDS_OF_STEPS)
+def test_variance_under_guidance_has_a_limit(kind, lam, w):
+    """In ever shorter steps DDIM ends at lam^(1-w) and p_step, with either variance, at
+    (lam^(2w-1) - 1)/((lam - 1)(2w - 1) lam^(2w-2)): the error is halved if each step of the linear
+    schedule is cut in two, and again and again, and is below 0.0013 with 16,000 steps. For lam = 2
+    and w = 2 the limits are 0.5 and 0.58333.
+
+    DDIM does not forget where it begins: at T, where v_T = alpha_bar_T lam + 1 - alpha_bar_T is not
+    quite 1. So its limit is (lam/v_T)^(1-w), which differs by less than 2e-4.
+    """
+    alpha_bar_T = math.exp(-LINEAR.beta.sum())
+    v_T = alpha_bar_T * lam + 1 - alpha_bar_T
+    limit = (lam / v_T) ** (1 - w)
+    assert abs(limit - lam ** (1 - w)) < 2e-4
+    if kind != "ddim":
+        limit = (lam ** (2 * w - 1) - 1) / ((lam - 1) * (2 * w - 1) * lam ** (2 * w - 2))
+    if (lam, w) == (2, 2):
+        assert abs(limit - (0.5 if kind == "ddim" else 0.58333)) < 3e-5
+    errors = []
+    for parts in (2, 4, 8, 16):
+        betas = (LINEAR.beta[1:].repeat_interleave(parts) / parts).tolist()
+        errors.append(abs(guided_variance(betas, lam, w, kind)[-1] - limit))
+    assert errors[-1] < 0.0013
+    for longer, shorter in zip(errors, errors[1:]):
+        assert 1.9 < longer / shorter < 2.1
+
+
+@given(schedules_and_t(), st.floats(0.25, 4), st.floats(0, 4))
+def test_guided_prediction_is_perfect_for_a_density_that_no_noise_leads_to(drawn, lam, w):
+    """At each t, eps_hat is perfect for noisy images of the density p_t^w / p_worse,t^(w-1), which
+    for Gaussian data has the variance u_t = 1/(w - (w-1)/v_t), v_t = alpha_bar_t lam + 1 -
+    alpha_bar_t, if that is positive: eps_hat = -sqrt(1 - alpha_bar_t) times the gradient of its
+    logarithm. But u_t is not what noise makes of u_0, which is alpha_bar_t u_0 + 1 - alpha_bar_t.
+
+    u_t minus that is alpha_bar_t (1 - alpha_bar_t) w (1-w) (lam-1)^2 / ((w v_t - w + 1)
+    (w lam - w + 1)), so it is the smaller one if w > 1, and the larger one if 0 < w < 1.
+    """
+    schedule, t = drawn
+    now = schedule.alpha_bar[t].item()
+    v = now * lam + 1 - now
+    assume(min(w * v - w + 1, w * lam - w + 1) > 0.01)  # else there is no such density
+    network = Guided(Gaussian(schedule, 0.0, 1.0), Gaussian(schedule, 0.0, lam), w)
+    slope = network(ONE, torch.tensor([t])).item() / math.sqrt(1 - now)
+    u = v / (w * v - w + 1)
+    u_0 = lam / (w * lam - w + 1)
+    assert abs(slope - 1 / u) < 1e-10 * max(1, 1 / u)
+    difference = (now * (1 - now) * w * (1 - w) * (lam - 1) ** 2
+                  / ((w * v - w + 1) * (w * lam - w + 1)))
+    assert abs(u - (now * u_0 + 1 - now) - difference) < 1e-9 * max(1, u, u_0)
+
+
+# --------------------------------------------------------------------------------------- restarts
+
+@FEW
+@given(SEED, st.sampled_from([(0.4,), (0.4, 0.4, 0.3, 0.3), (1.0, 0.05)]), st.booleans(),
+       st.integers(1, 6))
+def test_restart_is_made_of_noise_and_of_the_steps_of_the_sampler(seed, shares, clip, steps):
+    """Restart k goes to t = shares[k-1] T with the first noise of the seeds + k million, and back
+    by `steps` steps of sde-dpm++, or t if that is less, with their later noise. Bit for bit.
+
+    So no noise of a seed is used twice, neither that of x_T nor that of another restart.
+    """
+    model = Gaussian(STEEP, 0.2, 0.3)
+    seeds = [seed, seed + 7]
+    images = normal(1, 2, 1, 4, 4, dtype=torch.float32).clamp(-1, 1)
+    got = restart(model, STEEP, images, seeds, shares, steps, clip)
+
+    for k, share in enumerate(shares, start=1):
+        generators = [torch.Generator().manual_seed(s + 1_000_000 * k) for s in seeds]
+
+        def noise():
+            return torch.stack([torch.randn(1, 4, 4, generator=g) for g in generators])
+
+        t = {0.4: 4, 0.3: 3, 1.0: 10, 0.05: 1}[share]
+        x = STEEP.q_sample(images, t, noise())
+        levels = timesteps(STEEP, "sde-dpm++", min(steps, t), t)
+        previous = None
+        for t, s in zip(levels, levels[1:]):
+            eps_hat = model(x, torch.tensor([t, t]))
+            x0_hat = predict_clean(STEEP, x, t, eps_hat, clip)
+            x = dpm_step(STEEP, x, t, eps_hat, noise(), s, previous, 1.0, clip)
+            previous = t, x0_hat
+        images = x
+    assert torch.equal(got, images)
+
+
+def test_restarts_of_the_book():
+    """Four, to 0.4 T twice and to 0.3 T twice, in ten steps each; to t = 1 at least, in at most t
+    steps. Without shares the images come back as they are."""
+    assert RESTARTS == (0.4, 0.4, 0.3, 0.3)
+    images = torch.zeros(1, 1, 4, 4)
+    model = Gaussian(LINEAR, 0.0, 0.3)
+    restart(model, LINEAR, images, [0])
+    high = [400, 360, 320, 280, 240, 200, 160, 120, 80, 40]
+    low = [300, 270, 240, 210, 180, 150, 120, 90, 60, 30]
+    assert model.calls == 2 * high + 2 * low
+
+    model = Gaussian(STEEP, 0.0, 0.3)
+    restart(model, STEEP, images, [0], shares=(1e-9, 0.4))
+    assert model.calls == [1, 4, 3, 2, 1]
+    assert torch.equal(restart(model, STEEP, images, [0], shares=()), images)
+
+
+@given(st.floats(-1, 1), SEED, st.booleans())
+def test_certainty_leads_back_from_every_restart(c, seed, clip):
+    """If x0_hat is always c, every restart ends at c, whatever image it is given. (float32)"""
+    images = normal(seed, 2, 1, 4, 4, dtype=torch.float32).clamp(-1, 1)
+    for shares in ((0.4,), RESTARTS):
+        x = restart(Constant(STEEP, c, 0.0), STEEP, images, [1, 2], shares, clip=clip)
+        assert (x - c).abs().max() < 1e-5
+
+
+def test_restarts_go_on_from_the_image_that_they_are_given():
+    """From t = 0.2 T and 0.1 T each of four points comes back to itself, since the others are too
+    far away. From T nothing is left of it: where a chain ends depends on its seed alone."""
+    points = normal(3, 4, 1, 4, 4, dtype=torch.float32).clamp(-1, 1)
+    model = Finite(LINEAR, points)
+    again = restart(model, LINEAR, points, [0, 1, 2, 3], shares=(0.2, 0.1))
+    assert (again - points).abs().max() < 1e-5
+    one, other = (restart(model, LINEAR, image.expand(8, 1, 4, 4), list(range(8)), shares=(1.0,))
+                  for image in points[:2])
+    assert (one - other).abs().max() < 1e-5
+    assert (one - one[0]).abs().max() > 0.1  # not always the same point
+
+
 # ------------------------------------------------------------------------- refusals, command line
 
 def first_of(*arguments, seeds=(0,), **options):
@@ -1175,6 +1564,11 @@ def first_of(*arguments, seeds=(0,), **options):
     (lambda: first_of(start=(0, ONE)), "start needs a t in 1..10, not 0"),
     (lambda: first_of(seeds=[0, 1], start=(5, ONE)),
      "start needs one image for each seed, not 1 for 2"),
+    (lambda: Guided(*pair(STEEP), math.nan), "guidance must be a finite number, not nan"),
+    (lambda: Guided(*pair(STEEP), math.inf), "guidance must be a finite number, not inf"),
+    (lambda: Guided(*pair(STEEP), 2.0, (5, 4)), "the interval 5-4 contains no t"),
+    (lambda: restart(Wild(STEEP, 0, 1), STEEP, ONE, [0], shares=(1.1, 0.4)),
+     "t must lie in 0..10, not 11..11"),
 ])
 def test_impossible_arguments_are_errors(call, message):
     """Each message blames one thing. Unknown names list the known ones; numbers out of range say
@@ -1290,6 +1684,144 @@ def test_options_reach_the_sampler(tiny_run, tmp_path):
                        folder=tmp_path)
         assert off(picture, sampler=sampler, eta=eta, steps=6) <= 1
         assert off(picture, sampler="ddpm", steps=6) > 1
+
+
+def draw_guided(model_file: Path, guide: Path, guidance: float, interval=None,
+                **options) -> torch.Tensor:
+    """The images of seeds 5 and 9, as bytes, that sample() gives for a model guided by another."""
+    checkpoint = script.load_checkpoint(model_file)
+    network = Guided(checkpoint.model, script.load_checkpoint(guide).model, guidance, interval)
+    return to_uint8(last(sample(network, checkpoint.schedule, [5, 9], **options)))
+
+
+def far(picture: torch.Tensor, images: torch.Tensor) -> int:
+    """By how many grey levels the first digit of a picture differs at most from the first image."""
+    return (first_digit(picture).int() - images[0, 0].int()).abs().max().item()
+
+
+def test_command_guides_the_shipped_model_by_its_epoch_2(tmp_path, capsys):
+    """--guidance: what is drawn is what sample() gives for the model guided by epoch-2.pt, whose
+    place early.pt would have in a run of your own. The file says how it was drawn."""
+    shipped = script.load_checkpoint(script.SHIPPED)
+    guide = script.SHIPPED.with_name("epoch-2.pt")
+    assert find_guide(script.SHIPPED, shipped) == guide
+    assert len(script.load_checkpoint(guide).history["step_loss"]) == round(train.EARLY * 7020)
+
+    picture = draw(script.SHIPPED, "--seeds", "5,9", "--sampler", "sde-dpm++", "--steps", "3",
+                   "--guidance", "2.5", folder=tmp_path)
+    guided_by = functools.partial(draw_guided, script.SHIPPED, sampler="sde-dpm++", steps=3)
+    assert far(picture, guided_by(guide, 2.5)) <= 1
+    assert far(picture, guided_by(guide, 1.0)) > 1
+    assert far(picture, guided_by(guide.with_name("epoch-3.pt"), 2.5)) > 1
+    with Image.open(tmp_path / "digits.png") as file:
+        assert "sde-dpm++, 3 steps, guidance 2.5" in file.text["Description"]
+
+
+def test_guide_is_early_pt_beside_the_model_before_any_epoch(tiny_run, tmp_path):
+    """early.pt beside the model; without it, the file of the epoch that is nearest to two
+    fifteenths of all; without that, an error that says what to do. Another folder has other
+    guides."""
+    model = tmp_path / "any name.pt"
+    checkpoint = script.load_checkpoint(tiny_run / "model.pt")
+    for epochs, name in ((15, "epoch-2.pt"), (1, "epoch-1.pt"), (30, "epoch-4.pt")):
+        checkpoint.config.epochs = epochs
+        with pytest.raises(OSError, match=f"no early.pt and no {name} beside {model} .*--guide"):
+            find_guide(model, checkpoint)
+        (tmp_path / name).touch()
+        assert find_guide(model, checkpoint) == tmp_path / name
+    (tmp_path / "early.pt").touch()
+    assert find_guide(model, checkpoint) == tmp_path / "early.pt"
+    assert find_guide(tiny_run / "model.pt", checkpoint) == tiny_run / "early.pt"
+
+
+def test_options_of_guidance_reach_the_sampler(tiny_run, tmp_path):
+    """--guidance, --guide and --interval: the picture is what sample() gives for the model guided
+    in this way, and not what it gives if one of them is another. Without --guide it is early.pt.
+    """
+    model_file = tiny_run / "model.pt"
+    state = torch.load(tiny_run / "early.pt", weights_only=True)
+    other = tmp_path / "other.pt"
+    weights = {name: weight * 1.1 for name, weight in state["average"].items()}
+    torch.save(state | {"average": weights}, other)
+    common = [model_file, "--seeds", "5,9", "--steps", "10"]
+
+    def expected(guide: Path = other, guidance: float = 20.0, interval=(6, 13)) -> torch.Tensor:
+        return draw_guided(model_file, guide, guidance, interval, steps=10)
+
+    options = ["--guidance", "20", "--guide", str(other), "--interval", "6-13"]
+    picture = draw(*common, *options, folder=tmp_path)
+    assert far(picture, expected()) <= 1
+    for change in ({"guide": tiny_run / "early.pt"}, {"guidance": 10.0}, {"interval": None},
+                   {"interval": (7, 13)}, {"interval": (6, 11)}):
+        assert far(picture, expected(**change)) > 1, change
+    picture = draw(*common, "--guidance", "20", folder=tmp_path)
+    assert far(picture, expected(tiny_run / "early.pt", interval=None)) <= 1
+    picture = draw(*common, "--guidance", "0", "--guide", str(other), folder=tmp_path)
+    worse = script.load_checkpoint(other)
+    assert far(picture, to_uint8(last(sample(worse.model, worse.schedule, [5], steps=10)))) <= 1
+
+
+@pytest.mark.parametrize("options", [[], ["--no-clip"], ["--guidance", "20"]])
+def test_command_restarts_the_digits(options, tiny_run, tmp_path):
+    """--restarts: the picture is what restart() makes of the digits of the chain, with the same
+    network and clipping. An animation shows it last, after the digits of the chain."""
+    checkpoint = script.load_checkpoint(tiny_run / "model.pt")
+    network = checkpoint.model
+    if "--guidance" in options:
+        network = Guided(network, script.load_checkpoint(tiny_run / "early.pt").model, 20.0)
+    clip = "--no-clip" not in options
+    x = last(sample(network, checkpoint.schedule, [5, 9], steps=10, clip=clip))
+    again = restart(network, checkpoint.schedule, x, [5, 9], clip=clip)
+
+    gif = tmp_path / "chain.gif"
+    picture = draw(tiny_run / "model.pt", "--seeds", "5,9", "--steps", "10", "--restarts", "--gif",
+                   str(gif), *options, folder=tmp_path)
+    assert far(picture, to_uint8(again)) <= 1 < far(picture, to_uint8(x))
+    with Image.open(tmp_path / "digits.png") as file:
+        assert file.text["Description"].endswith(", 4 restarts")
+    with Image.open(gif) as animation:
+        assert animation.n_frames == 12
+        for frame, images in ((10, x), (11, again)):
+            animation.seek(frame)
+            assert animation.info["duration"] == (3000 if frame == 11 else 80)
+            shown = pil_to_tensor(animation.convert("L"))[0, 2:58:2, 2:58:2]
+            assert (shown.int() - to_uint8(images)[0, 0].int()).abs().max() <= 1
+
+
+def test_guide_must_be_of_the_same_network_and_schedule(tiny_run, tmp_path):
+    """guided() refuses another network or schedule, names both files and says which of the two it
+    is; it takes any other state of the same network, in half precision, too."""
+    path = tiny_run / "model.pt"
+    checkpoint = script.load_checkpoint(path)
+    state = torch.load(path, weights_only=True)
+    other = tmp_path / "other.pt"
+    with torch.random.fork_rng(devices=[]):
+        network = UNet(**state["network"] | {"groups": 4})
+    torch.save(state | {"network": network.config, "average": network.state_dict()}, other)
+    with pytest.raises(ValueError, match=f"{other} has another network than {path}; a guide must"):
+        guided(checkpoint, path, 2.0, str(other))
+    for betas in (state["betas"] * 0.99, state["betas"][1:]):
+        torch.save(state | {"betas": betas}, other)
+        with pytest.raises(ValueError, match=f"{other} has another schedule than {path}; a guide"):
+            guided(checkpoint, path, 2.0, str(other))
+
+    halves = {name: weight.half() for name, weight in state["average"].items()}
+    torch.save(state | {"average": halves}, other)
+    network = guided(checkpoint, path, 2.0, str(other), (3, 5))
+    assert network.model is checkpoint.model
+    assert (network.guidance, network.interval) == (2.0, (3, 5))
+    for name, weight in network.worse.state_dict().items():
+        assert torch.equal(weight, halves[name].float())
+
+
+def test_intervals_are_two_levels():
+    """'150-700' is (150, 700); both may be the same; anything else is refused."""
+    assert parse_interval("150-700") == (150, 700)
+    assert parse_interval("1-1") == (1, 1)
+    for text in ("", "5", "5-", "-5", "7-5", "1-2-3", "1.5-2", "a-b", "5--7", " 1-2", "1-2\n",
+                 "\u0661-\u0662", "1-1234567890"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not an interval of t such as"):
+            parse_interval(text)
 
 
 def test_own_finished_run_comes_before_the_shipped_model(tiny_run, tmp_path, monkeypatch, capsys):
