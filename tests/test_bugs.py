@@ -261,6 +261,10 @@ BUGS = [
         "run.epoch_is_complete or halt", "run.epoch_is_complete",
         "test_train.py::test_run_stops_and_is_saved_if_the_caller_says_so",
         "huggingface/nanotron#21, coqui-ai/Trainer#99"),
+    Bug("early_state_of_the_step_before", "train.py",
+        "max(1, round(EARLY * self.steps))", "max(1, round(EARLY * self.steps) - 1)",
+        "test_train.py::test_early_state_is_that_of_two_fifteenths_of_the_steps",
+        "NVIDIA-NeMo/Speech#12284, marin-community/marin#7166"),
     Bug("every_process_takes_the_same_images", "train.py",
         "rows[first::process_count()]", "rows[::process_count()]",
         "test_train.py::test_shares_of_all_processes_make_up_the_batch",
@@ -377,6 +381,45 @@ BUGS = [
         """,
         "test_sample.py::test_chain_does_not_know_of_the_one_before",
         "huggingface/diffusers#6631, huggingface/diffusers#8711"),
+    Bug("guidance_counted_from_0", "sample.py",
+        "eps_hat = eps_worse + self.guidance * (eps_model - eps_worse)",
+        "eps_hat = eps_model + self.guidance * (eps_model - eps_worse)",
+        "test_sample.py::test_guidance_of_1_is_the_model_and_of_0_the_worse_network",
+        "threestudio-project/threestudio#127, huggingface/diffusers#5882, "
+        "lucidrains/denoising-diffusion-pytorch#155"),
+    Bug("model_and_guide_swapped", "sample.py",
+        "eps_hat = eps_worse + self.guidance * (eps_model - eps_worse)",
+        "eps_hat = eps_model + self.guidance * (eps_worse - eps_model)",
+        "test_sample.py::test_guidance_removes_a_mistake_that_both_share",
+        "Nerogar/OneTrainer#775, threestudio-project/threestudio#113"),
+    Bug("guidance_outside_the_interval", "sample.py",
+        "torch.where(acts.reshape(-1, 1, 1, 1), eps_hat, eps_model)",
+        "torch.where(acts.reshape(-1, 1, 1, 1), eps_model, eps_hat)",
+        "test_sample.py::test_interval_bounds_where_guidance_acts",
+        "ZitengWangNYU/Scale-RAE#7"),
+    Bug("guidance_never_comes_back", "sample.py",
+        "if self.guidance == 1 or not acts.any():",
+        """
+        if not acts.any():
+            self.guidance = 1
+        if self.guidance == 1 or not acts.any():
+        """,
+        "test_sample.py::test_guided_chain_mixes_the_two_predictions_in_every_step",
+        "bytedance/mammothmoda#30"),
+    Bug("guidance_after_clipping", "sample.py",
+        "eps_hat = model(xt, torch.full((len(xt),), t, device=device))",
+        """
+        level = torch.full((len(xt),), t, device=device)
+        eps_hat = model(xt, level)
+        if isinstance(model, Guided):
+            x0_model, x0_worse = (predict_clean(schedule, xt, t, part(xt, level), clip)
+                                  for part in (model.model, model.worse))
+            mixed = x0_worse + model.guidance * (x0_model - x0_worse)
+            if model.interval is None or model.interval[0] <= t <= model.interval[1]:
+                eps_hat = schedule.predict_eps(xt, t, mixed)
+        """,
+        "test_sample.py::test_guided_chain_mixes_the_two_predictions_in_every_step",
+        "kwsong0113/diffusion-forcing-transformer#35"),
     Bug("bytes_wrap_around", "sample.py",
         ".clamp(0, 255).to(torch.uint8)", ".to(torch.int64).to(torch.uint8)",
         "test_train.py::test_to_uint8_rises_and_saturates",
