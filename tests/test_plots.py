@@ -531,7 +531,8 @@ def test_tradeoff_needs_no_real_digits(material):
     del other.claims["guidance_choice"]["real"]
     ax = script.plot_tradeoff(other).axes[0]
     assert len(ax.lines) == 6 and ax.texts[-1].get_text() == "unguided, 2 restarts"
-    # The labels of the axes are not rounded; here they are 2.5 % apart.
+    # The labels of the axes are not rounded, even if they are 2.5 % apart.
+    ax.set(yticks=[0.775, 0.8, 0.825], ylim=(0.76, 0.84))
     assert [float(label.get_text().strip("%")) / 100 for label in ax.get_yticklabels()] == (
         pytest.approx(list(ax.get_yticks())))
     assert [float(label.get_text()) for label in ax.get_xticklabels()] == list(ax.get_xticks())
