@@ -76,10 +76,12 @@ SETTINGS = [
 
 def test_settings_have_names_of_their_own():
     """No two settings that are chosen from or reported share a name, which is that of a file and of
-    a row; what is reported was chosen from, or is not guided."""
+    a row. What is reported was among those chosen from, if perhaps with another sampler."""
     everything = {*CHOICES, *REPORTED, *SETTINGS}
     assert len({setting.name for setting in everything}) == len(everything)
     assert len(CHOICES) == len(set(CHOICES)) and Setting() not in CHOICES
+    for setting in REPORTED:
+        assert setting._replace(sampler="sde-dpm++", steps=20) in [Setting(), *CHOICES]
     assert {(s.guide, s.weight, s.interval) for s in CHOICES if not s.restarts} == {
         (guide, w, interval) for guide in (1, 2, 3, 5) for w in (1.5, 2.0, 2.5, 3.0)
         for interval in (None, (150, 700))}
