@@ -334,9 +334,9 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
 
 # --------------------------------------------- 7. Guidance: away from a worse network
 #
-# One digit in four is not clear. Our network is small and was trained for a short time, so between
-# two digits it hesitates, and its answer is a compromise of both. An earlier state of the same
-# network makes the same mistakes, only larger ones. So the difference between the two answers
+# One digit in four is not clear. Our network is small and was trained for a short time, so it often
+# cannot decide between two digits, and its answer is a compromise of both. An earlier state of the
+# same network makes the same mistakes, only larger ones. So the difference between the two answers
 # points away from the mistakes, and we can go further in that direction than the network did:
 #
 #       ε̂ = ε_worse + w (ε_model - ε_worse)                                [Autoguidance]
@@ -354,11 +354,12 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
 # certain still. A large w gives bold strokes and too many of the simplest digits.
 #
 # What is drawn then? Most texts say: images with the density p^w / p_worse^(w-1), up to a factor.
-# That is not so. At each t, ε̂ is the perfect answer for noisy images with such a density. But the
-# densities of different t do not belong together: noise added to the one of t = 0 does not give the
-# others. A case that can be computed: the data are N(0, 1), the model is perfect, the worse network
-# is perfect for N(0, λ) with λ = 2, and w = 2. The density would have the variance
-# λ / (wλ - w + 1) = 0.667. In ever shorter steps, DDIM ends at λ^(1-w) = 0.5 and p_step at 0.583.
+# That is not so. At each t, ε̂ does belong to such a density of noisy images (the perfect answer is
+# -√(1-ᾱ_t) times the gradient of the log-density, and gradients add up). But the densities of
+# different t do not belong together: noise added to the one of t = 0 does not give the others. A
+# case that can be computed: the data are N(0, 1), the model is perfect, the worse network is
+# perfect for N(0, λ) with λ = 2, and w = 2. The density would have the variance 0.667, which is
+# λ / (wλ - w + 1). In ever shorter steps, DDIM ends at 0.5, which is λ^(1-w), and p_step at 0.583.
 # All three differ, so what is drawn depends on the sampler, too.
 #
 # Guidance can be limited to an interval of noise levels. At large t, where the digit is still open,
@@ -390,22 +391,26 @@ class Guided(torch.nn.Module):
         self.worse = worse
         self.guidance = guidance
         self.interval = interval
+        self.train(model.training)
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """ε̂, (B, C, H, W), for noisy images xt, (B, C, H, W), of the levels t, (B,)."""
+        # Spare the second network where it would change nothing.
         eps_model = self.model(xt, t)
-        acts = torch.ones_like(t, dtype=torch.bool)
+        if self.guidance == 1:
+            return eps_model
         if self.interval is not None:
             low, high = self.interval
-            acts = (low <= t) & (t <= high)  # (B,)
+            inside = (low <= t) & (t <= high)  # (B,)
+            if not inside.any():
+                return eps_model
 
-        # Spare the second network where it would change nothing.
-        if self.guidance == 1 or not acts.any():
-            return eps_model
-
+        # Go from the worse answer through the better one and beyond.
         eps_worse = self.worse(xt, t)
         eps_hat = eps_worse + self.guidance * (eps_model - eps_worse)
-        return torch.where(acts.reshape(-1, 1, 1, 1), eps_hat, eps_model)
+        if self.interval is not None:
+            eps_hat = torch.where(inside.reshape(-1, 1, 1, 1), eps_hat, eps_model)
+        return eps_hat
 
 
 # ------------------------------------------------ 8. The whole chain: one seed, one digit
@@ -502,22 +507,27 @@ def restart(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tenso
     """Noise finished images again and take them back, once for each share.
 
     model   as in sample(); images is (B, C, H, W) in [-1, 1], one for each seed
-    shares  restart k noises to t = shares[k] T, with noise from the seeds + (k+1) million
+    shares  a restart for each, up to t = share T; the noise of restart k = 1, 2, ... is that of the
+            seeds + k million
     steps   steps of sde-dpm++ on each way back, at most t
 
-    Returns images like those given, on the device of the model.
+    Returns images like those given, on the device of the model. Raises ValueError if there is not
+    one image for each seed.
     """
+    if len(images) != len(seeds):
+        raise ValueError(f"{len(images)} images for {len(seeds)} seeds")
     device = next(model.parameters()).device
+    images = images.to(device)
     for k, share in enumerate(shares, start=1):
-        # Draw the noise. sample() makes the same first draw from a seed and does not use it, since
-        # it does not begin with pure noise here. So no noise is used twice.
+        # Draw the noise. sample() makes the same first draw from a seed but does not use it, since
+        # it does not begin with pure noise here.
         others = [seed + k * 10**6 for seed in seeds]
         generators = [torch.Generator().manual_seed(seed) for seed in others]
         eps = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
 
         # Noise the images to t, and go back to 0.
         t = max(1, round(share * schedule.T))
-        xt = schedule.q_sample(images.to(device), t, eps.to(device))
+        xt = schedule.q_sample(images, t, eps.to(device))
         for _, _, x0_hat in sample(model, schedule, others, "sde-dpm++", steps=steps, clip=clip,
                                    start=(t, xt), shape=tuple(images.shape[1:])):
             images = x0_hat  # the last one is the finished image
@@ -604,12 +614,16 @@ def guided(checkpoint: Checkpoint, path: Path, guidance: float, guide: str | Non
     """
     guide_path = Path(guide) if guide else find_guide(path, checkpoint)
     other = load_checkpoint(guide_path)
-    same_network = other.model.config == checkpoint.model.config
-    same_schedule = torch.equal(other.schedule.beta, checkpoint.schedule.beta)
-    if not same_network or not same_schedule:
-        differs = "schedule" if same_network else "network"
-        raise ValueError(f"{guide_path} has another {differs} than {path}; a guide must be an "
-                         "earlier state of the same network")
+    advice = "a guide must be an earlier state of the same network"
+    if other.model.config != checkpoint.model.config:
+        raise ValueError(f"{guide_path} has another network than {path}; {advice}")
+    if not torch.equal(other.schedule.beta, checkpoint.schedule.beta):
+        raise ValueError(f"{guide_path} has another schedule than {path}; {advice}")
+    if other.config.dataset != checkpoint.config.dataset:
+        raise ValueError(f"{guide_path} has learned other images than {path}; {advice}")
+    if len(other.history["step_loss"]) >= len(checkpoint.history["step_loss"]):
+        raise ValueError(f"{guide_path} was not trained for fewer steps than {path}; {advice}")
+    print(f"guided by {guide_path}, w = {guidance:g}", flush=True)
     return Guided(checkpoint.model, other.model, guidance, interval)
 
 
@@ -734,6 +748,9 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
         model = guided(checkpoint, path, args.guidance, args.guide, args.interval)
     model = model.to(device)
     levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
+    if args.interval and not any(args.interval[0] <= t <= args.interval[1] for t in levels[:-1]):
+        raise ValueError(f"no noise level of this chain, {levels[0]} to {levels[-2]}, lies in "
+                         "--interval")
     files = files_to_write(args.out, args.gif, path)
 
     # Sample. An animation shows about 50 of the levels.
@@ -756,6 +773,10 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
     how = f"{args.sampler}, {len(levels) - 1} steps"
     if args.guidance != 1:
         how += f", guidance {args.guidance:g}"
+        if args.guide:
+            how += f" by {Path(args.guide).name}"
+        if args.interval:
+            how += f" at t of {args.interval[0]} to {args.interval[1]}"
     if args.restarts:
         how += f", {len(RESTARTS)} restarts"
     description = PngInfo()

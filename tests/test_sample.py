@@ -126,6 +126,19 @@ def test_variance_follows_the_exact_recursion(schedule, mu, lam, variance):
         assert abs(mean - M) < 1e-9
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_guided_sampling_is_in_eval_mode_and_leaves_the_mode(training):
+    """Dropout rests in both networks. At each yield, and at the end, the model is again in the mode
+    in which it was, also if that is another one than that of a fresh module.
+    """
+    model = Dropping(STEEP, 0.0, 0.3).train(training)
+    worse = Dropping(STEEP, 0.0, 0.8).train(training)
+    for _, x, _ in sample(Guided(model, worse, 2.0), STEEP, [1], shape=(1, 4, 4)):
+        assert (model.training, worse.training) == (training, training)
+    calm = Guided(Gaussian(STEEP, 0.0, 0.3), Gaussian(STEEP, 0.0, 0.8), 2.0)
+    assert torch.equal(x, last(sample(calm, STEEP, [1], shape=(1, 4, 4))))
+
+
 @pytest.mark.parametrize("lam, variance, golden", [
     (1, "beta", 0.999900), (1, "beta_tilde", 0.991067),
     (0.27, "beta", 0.270757), (0.27, "beta_tilde", 0.265955),
@@ -1788,9 +1801,11 @@ def test_command_restarts_the_digits(options, tiny_run, tmp_path):
             assert (shown.int() - to_uint8(images)[0, 0].int()).abs().max() <= 1
 
 
-def test_guide_must_be_of_the_same_network_and_schedule(tiny_run, tmp_path):
-    """guided() refuses another network or schedule, names both files and says which of the two it
-    is; it takes any other state of the same network, in half precision, too."""
+def test_guide_must_be_an_earlier_state_of_the_same_network(tiny_run, tmp_path, capsys):
+    """guided() refuses another network, another schedule, another data set and a state that is not
+    earlier; it names both files and says which of these it is. It takes an earlier state, in half
+    precision, too, and says so.
+    """
     path = tiny_run / "model.pt"
     checkpoint = script.load_checkpoint(path)
     state = torch.load(path, weights_only=True)
@@ -1805,13 +1820,32 @@ def test_guide_must_be_of_the_same_network_and_schedule(tiny_run, tmp_path):
         with pytest.raises(ValueError, match=f"{other} has another schedule than {path}; a guide"):
             guided(checkpoint, path, 2.0, str(other))
 
+    torch.save(state | {"config": state["config"] | {"dataset": "fashion"}}, other)
+    with pytest.raises(ValueError, match=f"{other} has learned other images than {path}; a guide"):
+        guided(checkpoint, path, 2.0, str(other))
+    with pytest.raises(ValueError, match=f"{path} was not trained for fewer steps than {path}; a"):
+        guided(checkpoint, path, 2.0, str(path))
+
     halves = {name: weight.half() for name, weight in state["average"].items()}
-    torch.save(state | {"average": halves}, other)
+    history = state["history"] | {"step_loss": state["history"]["step_loss"][:1]}
+    torch.save(state | {"average": halves, "history": history}, other)
+    capsys.readouterr()
     network = guided(checkpoint, path, 2.0, str(other), (3, 5))
     assert network.model is checkpoint.model
     assert (network.guidance, network.interval) == (2.0, (3, 5))
     for name, weight in network.worse.state_dict().items():
         assert torch.equal(weight, halves[name].float())
+    assert capsys.readouterr().out == f"guided by {other}, w = 2\n"
+
+
+def test_interval_without_a_level_of_the_chain_is_refused(tmp_path):
+    """Guidance that would act nowhere is an error, before anything is drawn."""
+    argv = ["--checkpoint", str(SHIPPED), "--sampler", "sde-dpm++", "--steps", "5", "--guidance", "2",
+            "--interval", "250-390", "--out", str(tmp_path / "digits.png")]
+    with pytest.raises(SystemExit) as exit_:
+        script.main(argv)
+    assert "no noise level of this chain, 1000 to 200, lies in --interval" in exit_.value.code
+    assert not list(tmp_path.iterdir())
 
 
 def test_intervals_are_two_levels():

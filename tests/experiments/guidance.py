@@ -1,13 +1,14 @@
-"""How much do guidance and restarts help, and at what price? Choose on training images, then report.
+"""How much do guidance and restarts help, and at what price?
 
     python -m tests.experiments.guidance --data DIR choose    which guide, w and interval are best
     python -m tests.experiments.guidance --data DIR report    those chosen, against the test images
     python -m tests.experiments.guidance --table              only print what has been measured
 
 `choose` draws 500 digits in 20 steps of sde-dpm++ with each of 32 settings: the averaged weights of
-epochs 1, 2, 3 and 5 as the guide, w = 1.5, 2, 2.5 and 3, at all t or only at t from 150 to 700. It
-compares them with 10,000 of the first 55,000 training images: the last 5,000 chose the recipe of the
-network, and the test images are for the report alone. `report` measures the settings in REPORTED, which
+epochs 1, 2, 3 and 5 as the guide, w = 1.5, 2, 2.5 and 3, at all t or only at t from 150 to 700. To
+these come eleven with restarts. It compares them with 10,000 of the first 55,000 training images.
+The last 5,000 are left out, because the recipe of the network was chosen by them, and the test
+images, because they are for the report alone. `report` measures the settings in REPORTED, which
 were chosen from that table, once, against the 10,000 test images. It also draws one seed at
 growing w.
 
@@ -26,7 +27,7 @@ import torch
 from plots import fingerprint
 from sample import RESTARTS, SHIPPED, Guided, open_checkpoint, restart, sample, to_uint8
 from tests.experiments.measure import Bench, read_results
-from tests.experiments.yardstick import look
+from tests.experiments.yardstick import look, real_floor
 from train import HERE, from_uint8, load_checkpoint, save
 
 GUIDES = (1, 2, 3, 5)  # epochs
@@ -59,6 +60,12 @@ class Setting(NamedTuple):
 
 CHOICES = [Setting(guide, weight, interval)
            for guide in GUIDES for weight in WEIGHTS for interval in (None, INTERVAL)]
+SIX = (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
+CHOICES += [Setting(restarts=RESTARTS), Setting(restarts=SIX)]
+CHOICES += [Setting(guide, weight, INTERVAL, RESTARTS)
+            for guide in (2, 3) for weight in (1.5, 2.0, 2.5)]
+CHOICES += [Setting(2, 1.5, None, SIX), Setting(2, 1.5, None, RESTARTS),
+            Setting(2, 2.0, None, RESTARTS)]
 
 # What is reported, and with how many images.
 REPORTED = {
@@ -66,7 +73,8 @@ REPORTED = {
     Setting(2, 2.0): 2000,
     Setting(2, 2.0, INTERVAL): 2000,
     Setting(restarts=RESTARTS): 2000,
-    Setting(2, 1.5, restarts=RESTARTS): 2000,
+    Setting(2, 1.5, INTERVAL, RESTARTS): 2000,
+    Setting(2, 2.0, INTERVAL, sampler="ddpm", steps=1000): 500,
 }
 
 
@@ -124,15 +132,18 @@ def judge(bench: Bench, images: torch.Tensor) -> dict:
 
 
 def cost(bench: Bench, setting: Setting, count: int = 32) -> dict:
-    """Seconds for so many images, the best of three, and how often a network looks at each."""
+    """Seconds for so many images, and how often a network looks at each.
+
+    The seconds are the best of three, but for chains of 1,000 steps.
+    """
     model = guided_model(bench, setting, wrap=Counted)
     seconds = []
-    for _ in range(3):
+    for _ in range(1 if setting.steps >= 1000 else 3):
         begun = time.perf_counter()
         draw(bench, setting, model, list(range(count)))
         seconds.append(time.perf_counter() - begun)
     looks = sum(part.images for part in model.modules() if isinstance(part, Counted))
-    return {"seconds": min(seconds), "evaluations": looks / (3 * count)}
+    return {"seconds": min(seconds), "evaluations": looks / (len(seconds) * count)}
 
 
 def with_training_reference(bench: Bench) -> None:
@@ -140,6 +151,23 @@ def with_training_reference(bench: Bench) -> None:
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(CHOSEN_FROM, generator=generator)[:len(bench.real)]
     bench.reference = look(bench.classifier, bench.known[order])
+
+
+def real_digits(bench: Bench, images: torch.Tensor, sets: torch.Tensor) -> dict:
+    """The numbers of real digits, in the form of judge().
+
+    images  what is judged, but for the distance, which would be 0 for the reference itself
+    sets    digits that are divided into up to ten sets of 500 and of 2,000, whose mean distances
+            are given
+    """
+    row = judge(bench, images)
+    row["distances"] = {}
+    for count in (500, 2000):
+        generator = torch.Generator().manual_seed(0)
+        floor = real_floor(bench.classifier, sets, bench.reference, count, generator)
+        if len(floor):
+            row["distances"][count] = floor.mean().item()
+    return row
 
 
 def choose(bench: Bench, rows: list[int], count: int) -> dict:
@@ -152,11 +180,12 @@ def choose(bench: Bench, rows: list[int], count: int) -> dict:
         print(f"{CHOICES[row].name}: drawn", flush=True)
     if len(rows) < len(CHOICES):
         return {}
-    rows = {}
+    measured = {}
     for setting in [Setting(), *CHOICES]:
-        rows[setting.name] = setting._asdict() | judge(bench, samples(bench, setting, count))
-        print(line(setting.name, rows[setting.name]), flush=True)
-    return {"rows": rows}
+        measured[setting.name] = setting._asdict() | judge(bench, samples(bench, setting, count))
+        print(line(setting.name, measured[setting.name]), flush=True)
+    others = bench.known[CHOSEN_FROM:]
+    return {"rows": measured, "real": real_digits(bench, others, others)}
 
 
 def report(bench: Bench, rows: list[int], count: int) -> dict:
@@ -167,15 +196,15 @@ def report(bench: Bench, rows: list[int], count: int) -> dict:
         print(f"{settings[row].name}: drawn", flush=True)
     if len(rows) < len(settings):
         return {}
-    rows = {}
+    measured = {}
     images = {}
     for setting, number in REPORTED.items():
         drawn = samples(bench, setting, min(count, number))
         row = judge(bench, drawn) | cost(bench, setting)
-        rows[setting.name] = setting._asdict() | row
+        measured[setting.name] = setting._asdict() | row
         images[setting.name] = drawn[:32].clone()
-        print(line(setting.name, rows[setting.name]), flush=True)
-    real = judge(bench, bench.real)
+        print(line(setting.name, measured[setting.name]), flush=True)
+    real = real_digits(bench, bench.real, bench.known)
     print(line("real digits", real), flush=True)
 
     # One seed per column, at growing w.
@@ -184,7 +213,7 @@ def report(bench: Bench, rows: list[int], count: int) -> dict:
         setting = Setting(2, weight)
         model = guided_model(bench, setting)
         ladder[weight] = draw(bench, setting, model, list(range(8)))
-    return {"rows": rows, "images": images, "ladder": ladder, "real": real}
+    return {"rows": measured, "images": images, "ladder": ladder, "real": real}
 
 
 def line(name: str, row: dict) -> str:
@@ -243,6 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    if args.rows is not None and len(args.parts) != 1:
+        parser.error("--rows is for one part; name it")
     path, checkpoint = open_checkpoint(args.checkpoint)
     if checkpoint.config.dataset != "mnist":
         parser.error("the classifier is of MNIST; this model is not")
