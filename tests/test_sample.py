@@ -1840,7 +1840,7 @@ def test_guide_must_be_an_earlier_state_of_the_same_network(tiny_run, tmp_path, 
 
 def test_interval_without_a_level_of_the_chain_is_refused(tmp_path):
     """Guidance that would act nowhere is an error, before anything is drawn."""
-    argv = ["--checkpoint", str(SHIPPED), "--sampler", "sde-dpm++", "--steps", "5", "--guidance", "2",
+    argv = ["--checkpoint", str(script.SHIPPED), "--sampler", "sde-dpm++", "--steps", "5", "--guidance", "2",
             "--interval", "250-390", "--out", str(tmp_path / "digits.png")]
     with pytest.raises(SystemExit) as exit_:
         script.main(argv)
