@@ -126,19 +126,6 @@ def test_variance_follows_the_exact_recursion(schedule, mu, lam, variance):
         assert abs(mean - M) < 1e-9
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_guided_sampling_is_in_eval_mode_and_leaves_the_mode(training):
-    """Dropout rests in both networks. At each yield, and at the end, the model is again in the mode
-    in which it was, also if that is another one than that of a fresh module.
-    """
-    model = Dropping(STEEP, 0.0, 0.3).train(training)
-    worse = Dropping(STEEP, 0.0, 0.8).train(training)
-    for _, x, _ in sample(Guided(model, worse, 2.0), STEEP, [1], shape=(1, 4, 4)):
-        assert (model.training, worse.training) == (training, training)
-    calm = Guided(Gaussian(STEEP, 0.0, 0.3), Gaussian(STEEP, 0.0, 0.8), 2.0)
-    assert torch.equal(x, last(sample(calm, STEEP, [1], shape=(1, 4, 4))))
-
-
 @pytest.mark.parametrize("lam, variance, golden", [
     (1, "beta", 0.999900), (1, "beta_tilde", 0.991067),
     (0.27, "beta", 0.270757), (0.27, "beta_tilde", 0.265955),
@@ -1322,6 +1309,19 @@ def test_guided_chains_of_0_and_1_are_those_of_the_two_networks(sampler):
     assert worse.calls == []
     assert torch.equal(images(Guided(model, worse, 0.0)), images(worse))
     assert not torch.equal(images(Guided(model, worse, 2.0)), images(model))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_guided_sampling_is_in_eval_mode_and_leaves_the_mode(training):
+    """Dropout rests in both networks. At each yield, and at the end, the model is again in the mode
+    in which it was, also if that is another one than that of a fresh module.
+    """
+    model = Dropping(STEEP, 0.0, 0.3).train(training)
+    worse = Dropping(STEEP, 0.0, 0.8).train(training)
+    for _, x, _ in sample(Guided(model, worse, 2.0), STEEP, [1], shape=(1, 4, 4)):
+        assert (model.training, worse.training) == (training, training)
+    calm = Guided(Gaussian(STEEP, 0.0, 0.3), Gaussian(STEEP, 0.0, 0.8), 2.0)
+    assert torch.equal(x, last(sample(calm, STEEP, [1], shape=(1, 4, 4))))
 
 
 @FEW
