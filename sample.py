@@ -500,7 +500,8 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 # the network knows no malformed ones. Doing it again and again helps more, and costs as much again.
 # (Xu et al. take a path without noise on the way back; we take sde-dpm++.)
 
-RESTARTS = (0.4, 0.4, 0.3, 0.3)  # as shares of T, the levels up to which images are noised again
+# The levels up to which images are noised again, as shares of T.
+RESTARTS = (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
 
 def restart(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tensor,
             seeds: list[int], shares: tuple[float, ...] = RESTARTS, steps: int = 10,

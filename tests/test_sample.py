@@ -1508,15 +1508,16 @@ def test_restart_is_made_of_noise_and_of_the_steps_of_the_sampler(seed, shares, 
 
 
 def test_restarts_of_the_book():
-    """Four, to 0.4 T twice and to 0.3 T twice, in ten steps each; to t = 1 at least, in at most t
-    steps. Without shares the images come back as they are."""
-    assert RESTARTS == (0.4, 0.4, 0.3, 0.3)
+    """Six, three from 0.4 T and three from 0.3 T, in ten steps each; from t = 1 at least, in at most
+    t steps. Without shares the images come back as they are.
+    """
+    assert RESTARTS == (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
     images = torch.zeros(1, 1, 4, 4)
     model = Gaussian(LINEAR, 0.0, 0.3)
     restart(model, LINEAR, images, [0])
     high = [400, 360, 320, 280, 240, 200, 160, 120, 80, 40]
     low = [300, 270, 240, 210, 180, 150, 120, 90, 60, 30]
-    assert model.calls == 2 * high + 2 * low
+    assert model.calls == 3 * high + 3 * low
 
     model = Gaussian(STEEP, 0.0, 0.3)
     restart(model, STEEP, images, [0], shares=(1e-9, 0.4))
@@ -1791,7 +1792,7 @@ def test_command_restarts_the_digits(options, tiny_run, tmp_path):
                    str(gif), *options, folder=tmp_path)
     assert far(picture, to_uint8(again)) <= 1 < far(picture, to_uint8(x))
     with Image.open(tmp_path / "digits.png") as file:
-        assert file.text["Description"].endswith(", 4 restarts")
+        assert file.text["Description"].endswith(", 6 restarts")
     with Image.open(gif) as animation:
         assert animation.n_frames == 12
         for frame, images in ((10, x), (11, again)):

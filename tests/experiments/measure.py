@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from plots import fingerprint
-from sample import SHIPPED, open_checkpoint, restart, sample, to_uint8
+from sample import RESTARTS, SHIPPED, open_checkpoint, restart, sample, to_uint8
 from schedule import NoiseSchedule
 from tests.experiments import ablations
 from tests.experiments.yardstick import (
@@ -43,9 +43,8 @@ BLOG_ROW = "the blog's network and recipe"
 BLOG_MODEL = ablations.folder(BLOG_ROW, 15) / "model.pt"
 BLOG = "the blog's network, ddpm 1000"
 
-# Finished digits are noised again, up to these shares of T, and taken back in ten steps each time.
+# Finished digits are noised again and taken back, as sample.py --restarts does.
 RESTARTED = "sde-dpm++ 20, restarted"
-RESTARTS = (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
 
 # Name of a chain -> sampler, steps, variance, clip.
 CHAINS = {"ddpm 1000": ("ddpm", 1000, "beta_tilde", True),

@@ -87,7 +87,7 @@ def test_settings_have_names_of_their_own():
         for interval in (None, (150, 700))}
     assert Setting().name == "sde-dpm++ 20"  # whose samples measure.py has drawn
     assert Setting(2, 1.5, (150, 700), RESTARTS).name == (
-        "sde-dpm++ 20, epoch 2, w = 1.5, t of 150 to 700, 4 restarts")
+        "sde-dpm++ 20, epoch 2, w = 1.5, t of 150 to 700, 6 restarts")
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -143,10 +143,10 @@ def test_samples_are_kept_and_more_are_added(bench, monkeypatch):
     # Of the levels 1000, 950, ..., 50 those from 700 down to 150, both included, are twelve.
     (Setting(2, 2.0, (150, 700)), 20 + 12),
     (Setting(2, 2.0, (151, 699)), 20 + 10),
-    (Setting(restarts=RESTARTS), 20 + 4 * 10),
-    (Setting(2, 1.5, None, RESTARTS), 2 * (20 + 4 * 10)),
+    (Setting(restarts=RESTARTS), 20 + 6 * 10),
+    (Setting(2, 1.5, None, RESTARTS), 2 * (20 + 6 * 10)),
     # Of 400, 360, ..., 40 seven are 150 or more, of 300, 270, ..., 30 six.
-    (Setting(2, 1.5, (150, 700), RESTARTS), 20 + 12 + 4 * 10 + 2 * 7 + 2 * 6),
+    (Setting(2, 1.5, (150, 700), RESTARTS), 20 + 12 + 6 * 10 + 3 * 7 + 3 * 6),
     (Setting(sampler="ddpm", steps=7), 7),
 ], ids=lambda value: getattr(value, "name", None))
 def test_evaluations_are_counted(setting, expected, bench):
