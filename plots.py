@@ -897,36 +897,32 @@ def plot_guided(material: Material) -> Figure:
 def curves_of_guides(rows: dict[str, dict]) -> list[list[dict]]:
     """Sort settings into curves along w.
 
-    rows  {setting: its numbers}; see plot_tradeoff
+    rows  {setting: its numbers}; see plot_tradeoff. Those with restarts are left out
 
-    Returns a list of curves. Each is a list of rows that have the same guide, interval and
-    restarts, in the order of w. It contains the unguided row with the same restarts, because this
-    is what any guide gives at w = 1. First are the curves without restarts and interval, then those
-    with an interval, then those with restarts.
+    Returns a list of curves. Each is a list of rows that have the same guide and interval, in the
+    order of w. It begins with the unguided row, which is what any guide gives at w = 1. First are
+    the curves without an interval, then those with one.
     """
-    unguided = [row for row in rows.values() if row["guide"] is None]
     curves = {}
     for row in rows.values():
-        if row["guide"] is not None:
-            key = (row["restarts"], row["interval"], row["guide"])
+        if row["guide"] is not None and not row["restarts"]:
+            key = (row["interval"], row["guide"])
             if key not in curves:
-                curves[key] = [start for start in unguided if start["restarts"] == row["restarts"]]
+                curves[key] = [rows[UNGUIDED]]
             curves[key].append(row)
 
-    order = sorted(curves, key=lambda key: (key[0], key[1] is not None, key[2]))
+    order = sorted(curves, key=lambda key: (key[0] is not None, key[1]))
     return [sorted(curves[key], key=lambda row: row["weight"]) for key in order]
 
 
 def draw_curve(ax: Axes, curve: list[dict], count: int, color: str) -> None:
     """Draw one curve along w, and write w beside each of its points that is guided.
 
-    curve  rows with the same guide, interval and restarts, in the order of w
+    curve  rows with the same guide and interval, in the order of w
     count  the distances are those of so many digits
     """
     last = curve[-1]
-    if last["restarts"]:
-        style, shift, align = "^:", -5, "right"
-    elif last["interval"] is not None:
+    if last["interval"] is not None:
         style, shift, align = "s--", 4, "left"
     else:
         style, shift, align = "o-", -4, "right"
@@ -934,7 +930,7 @@ def draw_curve(ax: Axes, curve: list[dict], count: int, color: str) -> None:
     distances = [row["distances"][count] for row in curve]
     clear = [row["confident"] for row in curve]
     ax.plot(distances, clear, style, color=color, markersize=4,
-            label=describe_guide(last) + describe_restarts(last))
+            label=describe_guide(last))
     for row, distance, share in zip(curve, distances, clear):
         if row["guide"] is not None:
             ax.annotate(f"{row['weight']:g}", xy=(distance, share), xytext=(shift, 0), ha=align,
@@ -961,8 +957,8 @@ def plot_tradeoff(material: Material) -> Figure:
 
     Each point is a set of digits drawn with one guide and one w. The higher it is, the more digits
     are clear; the further to the left, the closer they are to real ones. So the best points are at
-    the top left. Every curve begins at the unguided digits with the same restarts, which are those
-    of w = 1; the numbers along it are w. Guidance first makes digits both clearer and closer to
+    the top left. Every curve begins at the unguided digits, which are those of w = 1; the numbers
+    along it are w. Guidance first makes digits both clearer and closer to
     real ones. If w is too large for the guide, the curve turns to the right: the digits are clear,
     but their strokes are too bold, and some numerals too frequent. The earlier the epoch of the
     guide, the smaller the w at which this happens.
@@ -973,13 +969,13 @@ def plot_tradeoff(material: Material) -> Figure:
                     Small differences mean little: for sets of 500 real digits its standard
                     deviation is 1.2
         guide       the moving average of the weights after this epoch. It guides at the t that are
-                    named, or at all t (solid curves)
-        restarts    finished digits are noised again and denoised (sample.py, section 9)
+                    named (dashed curves), or at all t (solid curves)
 
     The comparison is with training images, so that the test images can judge what was chosen.
 
     Measured by `python -m tests.experiments.guidance --data DIR choose`:
-        rows    {setting: its numbers}, as for plot_guided, and distances = {number of images: ...}
+        rows    {setting: its numbers}, as for plot_guided, and distances = {number of images: ...};
+                those with restarts are not drawn
         real    confident and distances of real digits, if they were measured
     """
     measurements = material.claims["guidance_choice"]
@@ -990,9 +986,7 @@ def plot_tradeoff(material: Material) -> Figure:
 
     # Draw the curves, and what they can be compared with.
     draw_curves(ax, curves_of_guides(rows), count)
-    for row in rows.values():
-        if row["guide"] is None:
-            draw_landmark(ax, row, count, "unguided" + describe_restarts(row))
+    draw_landmark(ax, rows[UNGUIDED], count, "unguided")
     if "real" in measurements:
         draw_landmark(ax, measurements["real"], count, "real digits")
 

@@ -492,36 +492,34 @@ def test_setting_in_words(setting, words):
 
 
 def test_curves_of_guides_rise_along_w():
-    """A curve for each guide, interval and number of restarts. Each begins at w = 1 with the
-    unguided digits of the same restarts, and w grows."""
+    """A curve for each guide and interval. Each begins at w = 1 with the unguided digits, and w
+    grows. Settings with restarts belong to none.
+    """
     rows = MEASURED["guidance_choice"]["rows"]
     names = {id(row): name for name, row in rows.items()}
     curves = [[names[id(row)] for row in curve] for curve in script.curves_of_guides(rows)]
     assert curves == [[setting.name for setting in curve] for curve in (
         (Setting(), Setting(1, 2.0)),
         (Setting(), Setting(2, 2.0), Setting(2, 3.0)),
-        (Setting(), Setting(1, 2.0, INTERVAL)),
-        (Setting(restarts=TWICE), Setting(1, 2.0, INTERVAL, TWICE)))]
+        (Setting(), Setting(1, 2.0, INTERVAL)))]
 
 
 def test_tradeoff_shows_curves_and_what_to_compare_them_with(material):
     """Distance from left to right, clear share upwards; one colour for each guide, dashed with an
-    interval, dotted with restarts; w beside each point that is guided, the others by name."""
+    interval; w beside each point that is guided, the others by name.
+    """
     ax = script.plot_tradeoff(material).axes[0]
     curves = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle())
               for line in ax.lines]
     assert curves == [
         ([8, 6], [0.75, 0.875], "-"), ([8, 5, 14], [0.75, 0.9, 0.95], "-"),
-        ([8, 4], [0.75, 0.925], "--"), ([7, 4.5], [0.8, 0.96], ":"),
-        ([8], [0.75], "None"), ([7], [0.8], "None"), ([3], [0.975], "None")]
-    assert [line.get_color() for line in ax.lines[:4]] == [
-        script.OURS, script.BLOG, script.OURS, script.OURS]
+        ([8, 4], [0.75, 0.925], "--"), ([8], [0.75], "None"), ([3], [0.975], "None")]
+    assert [line.get_color() for line in ax.lines[:3]] == [script.OURS, script.BLOG, script.OURS]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "guide: epoch 1", "guide: epoch 2", "guide: epoch 1, t from 150 to 700",
-        "guide: epoch 1, t from 150 to 700, 2 restarts"]
+        "guide: epoch 1", "guide: epoch 2", "guide: epoch 1, t from 150 to 700"]
     assert [(text.get_text(), *text.xy) for text in ax.texts] == [
-        ("2", 6, 0.875), ("2", 5, 0.9), ("3", 14, 0.95), ("2", 4, 0.925), ("2", 4.5, 0.96),
-        ("unguided", 8, 0.75), ("unguided, 2 restarts", 7, 0.8), ("real digits", 3, 0.975)]
+        ("2", 6, 0.875), ("2", 5, 0.9), ("3", 14, 0.95), ("2", 4, 0.925),
+        ("unguided", 8, 0.75), ("real digits", 3, 0.975)]
     assert "of 500 digits" in ax.get_xlabel()
 
 
@@ -530,7 +528,7 @@ def test_tradeoff_needs_no_real_digits(material):
     other = copy.deepcopy(material)
     del other.claims["guidance_choice"]["real"]
     ax = script.plot_tradeoff(other).axes[0]
-    assert len(ax.lines) == 6 and ax.texts[-1].get_text() == "unguided, 2 restarts"
+    assert len(ax.lines) == 4 and ax.texts[-1].get_text() == "unguided"
     # The labels of the axes are not rounded, even if they are 2.5 % apart.
     ax.set(yticks=[0.775, 0.8, 0.825], ylim=(0.76, 0.84))
     assert [float(label.get_text().strip("%")) / 100 for label in ax.get_yticklabels()] == (
