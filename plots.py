@@ -922,15 +922,17 @@ def draw_curve(ax: Axes, curve: list[dict], count: int, color: str) -> None:
     count  the distances are those of so many digits
     """
     last = curve[-1]
+    style = "o-"
+    align = "right"  # the labels stand to the left of the points
+    shift = -4
     if last["interval"] is not None:
-        style, shift, align = "s--", 4, "left"
-    else:
-        style, shift, align = "o-", -4, "right"
+        style = "s--"
+        align = "left"
+        shift = 4
 
     distances = [row["distances"][count] for row in curve]
     clear = [row["confident"] for row in curve]
-    ax.plot(distances, clear, style, color=color, markersize=4,
-            label=describe_guide(last))
+    ax.plot(distances, clear, style, color=color, markersize=4, label=describe_guide(last))
     for row, distance, share in zip(curve, distances, clear):
         if row["guide"] is not None:
             ax.annotate(f"{row['weight']:g}", xy=(distance, share), xytext=(shift, 0), ha=align,

@@ -739,6 +739,30 @@ def files_to_write(out: str | None, gif: str | None, model_path: Path) -> list[P
     return files
 
 
+def check_interval(interval: tuple[int, int] | None, levels: list[int]) -> None:
+    """Raise ValueError if guidance would act nowhere: no level of the chain is in the interval."""
+    if interval is None:
+        return
+    low, high = interval
+    if not any(low <= t <= high for t in levels[:-1]):
+        raise ValueError(f"no noise level of this chain, {levels[0]} to {levels[-2]}, lies in "
+                         "--interval")
+
+
+def describe_chain(args: argparse.Namespace, steps: int) -> str:
+    """How the digits were drawn, for the description inside the picture."""
+    words = f"{args.sampler}, {steps} steps"
+    if args.guidance != 1:
+        words += f", guidance {args.guidance:g}"
+    if args.guide:
+        words += f" by {Path(args.guide).name}"
+    if args.interval:
+        words += f" at t of {args.interval[0]} to {args.interval[1]}"
+    if args.restarts:
+        words += f", {len(RESTARTS)} restarts"
+    return words
+
+
 def write_pictures(args: argparse.Namespace) -> list[Path]:
     """Sample as the command line says, and write what it asks for. Returns the files."""
     # Load the model, and see whether the pictures can be written.
@@ -750,9 +774,7 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
         model = guided(checkpoint, path, args.guidance, args.guide, args.interval)
     model = model.to(device)
     levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
-    if args.interval and not any(args.interval[0] <= t <= args.interval[1] for t in levels[:-1]):
-        raise ValueError(f"no noise level of this chain, {levels[0]} to {levels[-2]}, lies in "
-                         "--interval")
+    check_interval(args.interval, levels)
     files = files_to_write(args.out, args.gif, path)
 
     # Sample. An animation shows about 50 of the levels.
@@ -772,18 +794,9 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
             frames.append(draw_grid(digits, scale=2))
 
     # Write the picture, which says how it was made, and the animation.
-    how = f"{args.sampler}, {len(levels) - 1} steps"
-    if args.guidance != 1:
-        how += f", guidance {args.guidance:g}"
-        if args.guide:
-            how += f" by {Path(args.guide).name}"
-        if args.interval:
-            how += f" at t of {args.interval[0]} to {args.interval[1]}"
-    if args.restarts:
-        how += f", {len(RESTARTS)} restarts"
     description = PngInfo()
     description.add_text("Description", f"{path.name}, {DATASETS[checkpoint.config.dataset]}, "
-                         f"seeds {args.seeds}, {how}")
+                         f"seeds {args.seeds}, {describe_chain(args, len(levels) - 1)}")
     draw_grid(digits).save(files[0], pnginfo=description)
     if args.gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
         frames[0].save(args.gif, save_all=True, append_images=frames[1:], loop=0,

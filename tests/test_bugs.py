@@ -393,16 +393,16 @@ BUGS = [
         "test_sample.py::test_guidance_removes_a_mistake_that_both_share",
         "Nerogar/OneTrainer#775, threestudio-project/threestudio#113"),
     Bug("guidance_outside_the_interval", "sample.py",
-        "torch.where(acts.reshape(-1, 1, 1, 1), eps_hat, eps_model)",
-        "torch.where(acts.reshape(-1, 1, 1, 1), eps_model, eps_hat)",
+        "torch.where(inside.reshape(-1, 1, 1, 1), eps_hat, eps_model)",
+        "torch.where(inside.reshape(-1, 1, 1, 1), eps_model, eps_hat)",
         "test_sample.py::test_interval_bounds_where_guidance_acts",
         "ZitengWangNYU/Scale-RAE#7"),
     Bug("guidance_never_comes_back", "sample.py",
-        "if self.guidance == 1 or not acts.any():",
+        "if not inside.any():",
         """
-        if not acts.any():
+        if not inside.any():
             self.guidance = 1
-        if self.guidance == 1 or not acts.any():
+        if not inside.any():
         """,
         "test_sample.py::test_guided_chain_mixes_the_two_predictions_in_every_step",
         "bytedance/mammothmoda#30"),
