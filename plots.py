@@ -779,7 +779,7 @@ def plot_samplers(material: Material) -> Figure:
     4.9; two sets of digits of the same sampler may differ by more than 1, so 5.9 for its 50 steps
     does not show that they are worse). The samplers without fresh noise, ddim and dpm++, come
     closer to the test digits with more steps, but remain behind. The best digits of all are
-    restarted ones (2.9).
+    restarted ones (2.9); for better ones see section 4.
 
         ddpm         the ancestral sampler, Algorithm 2 of DDPM, with fresh noise in each step
         ddim         a sampler without fresh noise, which uses the noise that is in x_t again
@@ -921,7 +921,7 @@ def draw_curve(ax: Axes, curve: list[dict], count: int, color: str) -> None:
     curve  rows with the same guide and interval, in the order of w
     count  the distances are those of so many digits
     """
-    last = curve[-1]
+    last = curve[-1]  # not curve[0], the unguided row, which has no guide
     style = "o-"
     align = "right"  # the labels stand to the left of the points
     shift = -4
@@ -962,8 +962,9 @@ def plot_tradeoff(material: Material) -> Figure:
     the top left. Every curve begins at the unguided digits, which are those of w = 1; the numbers
     along it are w. Guidance first makes digits both clearer and closer to
     real ones. If w is too large for the guide, the curve turns to the right: the digits are clear,
-    but their strokes are too bold, and some numerals too frequent. The earlier the epoch of the
-    guide, the smaller the w at which this happens.
+    but their strokes are too bold, and some numerals too frequent. With epoch 1 as the guide this
+    happens from w = 2 on, with epoch 2 from 2.5 on, and with later ones not up to w = 3. (The
+    zigzag of epoch 5 is chance.)
 
         clear       the share of digits to which the classifier gives a probability above 0.9 of
                     being some digit
@@ -997,7 +998,7 @@ def plot_tradeoff(material: Material) -> Figure:
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.set(xlabel=f"Fréchet distance of {count:,} digits to real ones (less is better)",
+    ax.set(xlabel=f"Fréchet distance of {count:,} digits to training images (less is better)",
            ylabel="clear digits (more is better)", title="Guidance: w along each curve")
     ax.legend()
     return figure

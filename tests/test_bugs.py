@@ -352,7 +352,7 @@ BUGS = [
         "test_sample.py::test_ddim_step_is_the_papers",
         "inbarhub/DDPM_inversion#12"),
     Bug("ddim_one_level_too_low", "sample.py",
-        "q_sample(x0_hat, t_prev, eps_hat)", "q_sample(x0_hat, max(t_prev - 1, 0), eps_hat)",
+        "q_sample(x0_hat, t_prev, eps)", "q_sample(x0_hat, max(t_prev - 1, 0), eps)",
         "test_sample.py::test_ddim_step_is_the_papers",
         "lucidrains/denoising-diffusion-pytorch#81"),
     Bug("ddim_image_clipped_but_not_the_noise", "sample.py",
