@@ -10,9 +10,8 @@ WHAT TO EXPECT. On two CPU cores 32 digits take about a minute in 1,000 steps an
 Of 2,000 digits, 77 % (in 20 steps 76 %) were clear to a classifier, which gave them a probability
 above 0.9 of being some digit (of real test digits, 97 %). Most of the others show strokes of the
 right kind that form no numeral. The picture goes beside the model file, or into runs/pretrained/ if
-that is the shipped one. Your own finished run in runs/mnist/ is used if there is one.
-
-The shipped model is pretrained/model.pt, which this project trained and brings along.
+the model is the shipped one (pretrained/model.pt, which this project trained and brings along).
+Your own finished run in runs/mnist/ is used if there is one.
 
 CONTENTS. 1. Algorithm 2, the whole of sampling in a few lines. 2. The clean image that a guess at
 the noise implies. 3. One step back. 4. DDIM: a step back that adds no noise. 5. DPM-Solver++: fewer
@@ -139,10 +138,11 @@ def predict_clean(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.T
 # Which variance? For two kinds of data the exact step back is known. If every image is the same
 # known x₀, it is q(x_{t-1} | x_t, x₀), with variance β̃_t. If images are standard normal noise, all
 # x_t are, and the step back is like the step forward, with variance β_t. Digits lie in between
-# [DDPM section 3.2]: since x₀ is not known, μ̃_t is off by an error, and the best variance is β̃_t
-# plus the mean square of this error. For the look of the samples the choice hardly matters: β_t
-# exceeds β̃_t by 2 % at t = 100, by 17 % at t = 10, and by more than that only in the last nine
-# steps. (For the bound of train.py, most of which lies at small t, it matters: figures/bits.png.)
+# [DDPM section 3.2]: since x₀ is not known, the mean computed from x̂₀ is off by an error, and the
+# best variance is β̃_t plus the mean square of this error. For the look of the samples the choice
+# hardly matters: β_t exceeds β̃_t by 2 % at t = 100, by 17 % at t = 10, and by more than that only
+# in the last nine steps. (For the bound of train.py, most of which lies at small t, it matters:
+# figures/bits.png.)
 
 def p_step(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
            noise: torch.Tensor, t_prev=None, variance: str = "beta_tilde",
@@ -196,8 +196,8 @@ def p_step(schedule: NoiseSchedule, xt: torch.Tensor, t, eps_hat: torch.Tensor,
 #     nearly √(v_s/v_t), which takes the variance from v_t to v_s. If λ² = 0.27, the variance of
 #     MNIST's pixels (as a mean over the image), 1,000 steps end with a variance of 0.268.
 #
-# A part of the noise can be fresh, too. η = 0 is DDIM as above, and η = 1 has as much fresh noise
-# as p_step:
+# A part of the noise can be fresh, too; a number η from 0 to 1 says how much. η = 0 is DDIM as
+# above, and η = 1 has as much fresh noise as p_step:
 #
 #       x_s = √ᾱ_s x̂₀ + √(1-ᾱ_s-σ²) ε̂ + σ z,      σ² = η² β̃_t      [DDIM Eq. 12] [DDIM Eq. 16]
 #
@@ -299,9 +299,9 @@ def log_r(schedule: NoiseSchedule, t: int) -> float:
 #
 # How many steps are enough? For p_step the distance of 2,000 digits is 4.9 in 1,000 steps, 5.3 in
 # 50 and in 20, 12.8 in 10 and 35.7 in 5. For sde-dpm++ it is 5.9 in 50 steps, 4.3 in 20, 6.3 in 10
-# and 18.9 in 5. (Two sets of 1,000 digits of p_step in 1,000 steps were at 4.8 and 6.1, so below 6
-# the order means little.) So even p_step needs far fewer than 1,000 steps for digits of 28x28
-# pixels.
+# and 18.9 in 5. (Two sets of 1,000 digits of p_step in 1,000 steps were at 4.8 and 6.1, so
+# differences of about 1 mean little.) So even p_step needs far fewer than 1,000 steps for digits of
+# 28x28 pixels.
 
 def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None = None,
               T: int | None = None) -> list[int]:
@@ -360,16 +360,18 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
 # What is drawn then? Let p and p_worse be the densities of what the two networks draw alone. Most
 # texts say that guidance draws images with the density p^w / p_worse^(w-1), up to a factor. That is
 # not so. It is true that at each t, ε̂ = w ε_model - (w-1) ε_worse belongs to such a density of
-# noisy images: the perfect answer for a density p_t is -√(1-ᾱ_t) times the gradient of log p_t
-# (which we do not derive here), and gradients add up. But the densities of different t do not
-# belong together: noise added to the one of t = 0 does not give the others.
+# noisy images: the perfect answer for images x_t of a density p_t is -√(1-ᾱ_t) times the gradient
+# of log p_t with respect to x_t (which we do not derive here), and gradients add up. But the
+# densities of different t do not belong together: noise added to the one of t = 0 does not give the
+# others.
 #
 # A case that can be computed: the data are N(0, 1), the model is perfect, the worse network is
 # perfect for N(0, a), a being its variance, with a = 2, and w = 2. The density above would have the
-# variance a / (wa - w + 1) = 0.667. DDIM in ever shorter steps ends at a^(1-w) = 0.5: by section 4
-# it multiplies by √(v_s/v_t), to the power w for the model, where v is always 1, and to the power
-# 1-w for the worse network. p_step ends at 0.583. All three differ, so what is drawn depends on the
-# sampler, too.
+# variance a / (wa - w + 1) = 0.667. DDIM in ever shorter steps ends at a^(1-w) = 0.5. (In a very
+# short step the logarithm of its factor is linear in ε̂, so the guided factor is that of the model
+# to the power w times that of the worse network to the power 1-w. By section 4 each is √(v_s/v_t).
+# For the model v is always 1; for the worse network it goes from 1 to a.) p_step ends at 0.583. All
+# three differ, so what is drawn depends on the sampler, too.
 #
 # Guidance can be limited to an interval of noise levels. At large t, where the digit is still open,
 # it narrows the choice of images; at small t, where all is decided, it changes little. With w = 2,
@@ -444,7 +446,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     seeds     B integers; image k depends on seeds[k] alone
     sampler   "ddpm" (ancestral sampling, p_step), or in fewer steps "ddim", "dpm++", "sde-dpm++"
     variance  as in p_step, for ddpm
-    steps     see timesteps(). From t to s, ddpm has α = ᾱ_t/ᾱ_s             [IDDPM section 4]
+    steps     see timesteps(). A step of ddpm has α = ᾱ_t/ᾱ_{t_prev}          [IDDPM section 4]
     clip      clip x̂₀ to [-1, 1] in every step
     start     (t, xt) begins with these images at noise level t instead of with pure noise; the
               number of steps is the same, but at most t
@@ -521,7 +523,7 @@ def restart(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tenso
     """Noise finished images again and take them back, once for each share.
 
     model   as in sample(); images is (B, C, H, W) in [-1, 1], one for each seed
-    shares  a restart for each, up to t = share T; the noise of restart k = 1, 2, ... is that of the
+    shares  a restart for each, up to t = share · T; restart k = 1, 2, ... has the noise of the
             seeds + k million
     steps   steps of sde-dpm++ on each way back, at most t
 

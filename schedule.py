@@ -38,7 +38,7 @@ import torch
 
 KINDS = ("linear", "cosine")  # of schedules
 
-# Sampling starts from pure noise, so the factor √ᾱ_T on the image may be no larger than this.
+# Sampling starts from pure noise, so the factor √ᾱ_T on the image (section 1) may be no larger.
 MAX_SIGNAL = 0.02  # in the default schedule it is 0.006
 
 

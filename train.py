@@ -24,11 +24,12 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
     early.pt     the same after two fifteenths of all steps, that is, after epoch 2 of 15; the worse
                  network that guides the finished one in sample.py --guidance
 
-The first three are written at the end of each epoch, the first two also after the very first step.
-Ctrl-C finishes the step under way and writes the first two. An epoch (one pass over the images)
-prints one line: its training loss, the loss on images that are held out (the test images, unless
---val-images is given), and beside them the training loss that the blog "Deconstructing Diffusion
-Models", whose figures these five scripts redraw, published for this epoch.
+The first three are written at the end of each epoch, the first two also after the very first step
+and together with early.pt. Ctrl-C finishes the step under way and writes the first two. An epoch
+(one pass over the images) prints one line: its training loss, the loss on images that are held out
+(the test images, unless --val-images is given), and beside them the training loss that the blog
+"Deconstructing Diffusion Models", whose figures these five scripts redraw, published for this
+epoch.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
@@ -100,7 +101,7 @@ class Config:
     batch_size: int = option(128, "images per step")
     lr: float = option(3e-3, "highest learning rate of Adam")
     warmup: float = option(0.04, "share of the steps in which the learning rate rises")
-    ema: float = option(0.999, "highest decay of the averaged weights (see update_average)")
+    ema: float = option(0.999, "highest decay of the exponential moving average of the weights")
     clip: float = option(1.0, "greatest length of the gradient")
     T: int = option(1000, "noisy steps")
     schedule: str = option("linear", f"noise schedule: {', '.join(KINDS)}")
@@ -189,7 +190,8 @@ class Config:
 #       β_t² / (2 σ_t² α_t (1-ᾱ_t)) · ‖ε - ε_θ(x_t, t)‖²                             [DDPM Eq. 12]
 #
 # The last step back has the same form: -log p_θ(x₀|x₁) is ‖x₀ - μ_θ‖² / (2σ_1²) plus a constant,
-# and x₀ is μ̃_1. (This needs σ_1² > 0: without noise in the last step the bound is infinite.)
+# and x₀ is μ̃_1. (This needs σ_1² > 0: without noise in the last step the bound is infinite. A
+# sampler does leave out this noise; for the bound a positive σ_1² is put in.)
 # So to make the bound small, the network must predict the noise. DDPM then drops the factor:
 #
 #       L_simple = E ‖ε - ε_θ(√ᾱ_t x₀ + √(1-ᾱ_t) ε, t)‖²                            [DDPM Eq. 14]
@@ -200,13 +202,13 @@ class Config:
 # What changes without the factor? With σ_t² = β_t and the linear schedule it is 0.50 at t = 1,
 # 0.010 at t = 100, lowest (0.0050) at t = 349, and 0.010 at t = 1000. So, relative to the other t,
 # L_simple gives small t far less weight than the bound does. Yet small t are where the bound is
-# decided. It can be read in bits: an image of probability p can be stored in -log₂ p bits, and if
-# the last step's density is integrated over the interval of each of the 256 grey levels, the bound
-# limits -log₂ p. For the model in pretrained/, which comes with the project, it is 1.56 bits per
-# pixel with the best σ_t² for each t (sample.py, section 3), and 88 % of them belong to t up to 50
-# (figures/bits.png). L_simple spends 5 % of its draws on these t and the rest on the shape of the
-# digit. Training is no longer maximum likelihood then, and the pictures are better for it (DDPM,
-# section 3.4).
+# decided. It can be read in bits. p_θ is a density; to get the probability P of an image, integrate
+# the last step's density over the interval of each of the 256 grey levels. The bound, divided by
+# ln 2, is then at least -log₂ P, the bits in which the image can be stored. For the model in
+# pretrained/, which comes with the project, it is 1.56 bits per pixel with the best σ_t² for each t
+# (sample.py, section 3), and 88 % of them belong to t up to 50 (figures/bits.png). L_simple spends
+# 5 % of its draws on these t and the rest on the shape of the digit. Training is no longer maximum
+# likelihood then, and the pictures are better for it (DDPM, section 3.4).
 #
 # Why not predict x₀, from which the noise follows? It is possible. But by q_sample an error in ε is
 # √ᾱ_t / √(1-ᾱ_t) times that in x₀, so a plain squared error of x₀ weighs the t quite differently,
@@ -249,7 +251,8 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
 #
 # `run` holds what changes from step to step: run.model (the network), run.average, run.adam (the
 # optimiser) and run.generator (the source of randomness). run.network is run.model, too, wrapped if
-# several processes share the work.
+# several processes share the work; run.draw_t and run.learning_rate are the functions of this file,
+# unless train() is given others.
 
 def training_step(run: "Run", x0: torch.Tensor) -> torch.Tensor:
     """Take one step of gradient descent on a batch of clean images.         [DDPM Algorithm 1]
@@ -347,7 +350,7 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
     """Mean squared error of the predicted noise, measured in the same way every time.
 
     model   called as model(xt, t); evaluated in eval mode and left in its own mode
-    images  uint8 (N, 1, H, W); image i is seen at t = 1 + i mod T, with noise from seed 0
+    images  uint8 (N, 1, H, W); image i is seen at t = 1 + (i mod T), with noise from seed 0
 
     Returns the mean over images and pixels [DDPM Eq. 14]. All t count alike if N is a multiple of
     T; otherwise small t count a little more.

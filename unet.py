@@ -14,7 +14,8 @@ The plan, with the size of the image at each stage:
                    7x7          └─ 2 blocks ─ keep ─ attention ─ merge ─ 2 blocks ─ attention
 
 The stem and the head are the first and the last convolution; "merge" stacks two images and mixes
-them. An "image" inside the network has many channels, one for each filter of the layer before.
+them. Each way down and up begins at the end of its row. An "image" inside the network has many
+channels, one for each filter of the layer before.
 
 Each part answers a need:
 
@@ -266,6 +267,7 @@ class UNet(nn.Module):
         def stage(width: int, count: int) -> nn.ModuleList:
             return nn.ModuleList(ResidualBlock(width, time_width, groups) for _ in range(count))
 
+        # By default these are stage(32, 1), stage(32, 1) and stage(48, 2).
         self.encoder = nn.ModuleList(map(stage, channels, blocks))
         self.decoder = nn.ModuleList(map(stage, channels, blocks))
 

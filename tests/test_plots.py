@@ -588,6 +588,9 @@ def numbers_in_docstrings() -> list[tuple[str, str]]:
     quotes.append(("noise", f"{claims['noise']['ddpm 1000, zero']['confident']:.0%} without noise"))
     samples, test = (claims["copies"][name].median() for name in ("samples", "test"))
     quotes.append(("copies", f"is {samples:.3f} for samples and {test:.3f} for test digits"))
+    closest, closest_test = (claims["copies"][name].min() for name in ("samples", "test"))
+    quotes.append(("copies", f"the nearest sample is at {closest:.3f}, the nearest test digit"))
+    quotes.append(("copies", f"cannot be a copy, at {closest_test:.3f}."))
     distances = {chain: row["distance"] for chain, row in claims["samplers"]["chains"].items()}
     for chain, words in (("sde-dpm++ 20", "1,000 of ddpm (distances {:.1f}"),
                          ("ddpm 1000", "and {:.1f};"),
