@@ -643,8 +643,8 @@ def plot_copies(material: Material) -> Figure:
     rows). On the right are two histograms of the distance to the nearest training digit, one for
     samples and one for test digits, with dashed lines at the medians. Copies would lie at a
     distance of 0, and there are none: the nearest sample is at 0.077, the nearest test digit, which
-    cannot be a copy, at 0.059. The median is 0.331 for samples and 0.310 for test digits. The small hump at 0.1 is made of the
-    digit 1, whose images are all alike.
+    cannot be a copy, at 0.059. The median is 0.331 for samples and 0.310 for test digits. The small
+    hump at 0.1 is made of the digit 1, whose images are all alike.
 
         distance    the root of the mean squared difference between the pixels of two images, which
                     lie in [-1, 1]
