@@ -433,6 +433,11 @@ class Guided(torch.nn.Module):
 # and it has the same noise on any device. If one generator served the whole batch, an image would
 # depend on how many others are drawn beside it.
 
+def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal noise, an image of this shape from each generator, on the CPU."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
 @torch.no_grad()
 def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
            sampler: str = "ddpm", variance: str = "beta_tilde", steps: int | None = None,
@@ -463,11 +468,9 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def draw_noise() -> torch.Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-    # Begin with pure noise, or with the images given.
-    xt = draw_noise()  # x_T; drawn in any case, so that a seed's later noise is the same
+    # Begin with pure noise, or with the images given. x_T is drawn in any case, so that a seed's
+    # later noise is the same.
+    xt = draw_noise(generators, shape).to(device)
     T = schedule.T
     if start is not None:
         check_start(start, schedule, seeds)
@@ -491,7 +494,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
         yield t, xt, x0_hat
 
         # Take the step.
-        noise = draw_noise()
+        noise = draw_noise(generators, shape).to(device)
         if sampler == "ddpm":
             xt = p_step(schedule, xt, t, eps_hat, noise, t_prev, variance, clip)
         elif sampler == "ddim":
@@ -534,18 +537,19 @@ def restart(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tenso
         raise ValueError(f"{len(images)} images for {len(seeds)} seeds")
     device = next(model.parameters()).device
     images = images.to(device)
+    shape = tuple(images.shape[1:])
     for k, share in enumerate(shares, start=1):
         # Draw the noise: the first draw of each seed. sample() makes the same draw once more and
         # throws it away, because it is given `start`. So no noise is used twice.
         others = [seed + k * 10**6 for seed in seeds]
         generators = [torch.Generator().manual_seed(seed) for seed in others]
-        eps = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
+        eps = draw_noise(generators, shape).to(device)
 
         # Noise the images to t, and go back to 0.
         t = max(1, round(share * schedule.T))
-        xt = schedule.q_sample(images, t, eps.to(device))
+        xt = schedule.q_sample(images, t, eps)
         for _, _, x0_hat in sample(model, schedule, others, "sde-dpm++", steps=steps, clip=clip,
-                                   start=(t, xt), shape=tuple(images.shape[1:])):
+                                   start=(t, xt), shape=shape):
             images = x0_hat  # the last one is the finished image
     return images
 

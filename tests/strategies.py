@@ -5,6 +5,7 @@ makes the tensors: the same integer always gives the same tensors, and a failing
 replayed and shrunk.
 """
 
+import copy
 import struct
 from pathlib import Path
 
@@ -82,3 +83,15 @@ def write_mnist(folder: Path, images: torch.Tensor, labels: torch.Tensor,
         head = struct.pack(">II", 0x801, len(labels))
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(
             head + labels.to(torch.uint8).numpy().tobytes())
+
+
+def with_changes(original, **attributes):
+    """A copy of an object, but with other attributes."""
+    other = copy.copy(original)
+    vars(other).update(attributes)
+    return other
+
+
+def same_images(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two sets of bytes are the same up to rounding, which depends on the batch."""
+    return (a.int() - b.int()).abs().max().item() <= 1

@@ -328,9 +328,9 @@ BUGS = [
         "test_sample.py::test_image_depends_on_its_seed_alone",
         "huggingface/diffusers#6233, AUTOMATIC1111/stable-diffusion-webui#376"),
     Bug("first_fresh_noise_is_that_of_x_T", "sample.py",
-        "xt = draw_noise()",
+        "xt = draw_noise(generators, shape).to(device)",
         """
-        xt = draw_noise()
+        xt = draw_noise(generators, shape).to(device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         """,
         "test_sample.py::test_chain_is_its_steps_with_the_noise_of_the_seed",

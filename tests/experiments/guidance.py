@@ -24,11 +24,12 @@ from typing import NamedTuple
 
 import torch
 
-from plots import fingerprint
-from sample import RESTARTS, SHIPPED, Guided, open_checkpoint, restart, sample, to_uint8
-from tests.experiments.measure import Bench, read_results
+from sample import RESTARTS, Guided, restart, sample, to_uint8
+from tests.experiments.measure import (
+    Bench, add_common_arguments, add_result, kept_samples, open_model, read_results, results_file,
+    spread)
 from tests.experiments.yardstick import look, real_floor
-from train import HERE, from_uint8, load_checkpoint, save
+from train import from_uint8, load_checkpoint
 
 GUIDES = (1, 2, 3, 5)  # epochs
 WEIGHTS = (1.5, 2.0, 2.5, 3.0)
@@ -115,22 +116,14 @@ def draw(bench: Bench, setting: Setting, model: torch.nn.Module, seeds: list[int
 def samples(bench: Bench, setting: Setting, count: int) -> torch.Tensor:
     """The images of seeds 0..count-1; those drawn earlier are read from a file."""
     file = bench.scratch / f"{setting.name.replace(',', '')}.pt"
-    images = torch.zeros(0, 1, 28, 28, dtype=torch.uint8)
-    if file.exists():
-        images = torch.load(file, weights_only=True)["images"]
     model = guided_model(bench, setting)
-    while len(images) < count:
-        seeds = list(range(len(images), min(count, len(images) + 100)))
-        images = torch.cat([images, draw(bench, setting, model, seeds)])
-        save(file, {"images": images})
-    return images[:count]
+    return kept_samples(file, count, lambda seeds: draw(bench, setting, model, list(seeds)))
 
 
 def judge(bench: Bench, images: torch.Tensor) -> dict:
-    """The numbers of the yardstick, the mean pixel and the spread, both in [-1, 1]."""
-    pixels = from_uint8(images)
-    return bench.judge(images) | {"brightness": pixels.mean().item(),
-                                  "spread": pixels.var(dim=0).mean().item()}
+    """The numbers of the yardstick, the mean pixel in [-1, 1], and the spread."""
+    return bench.judge(images) | {"brightness": from_uint8(images).mean().item(),
+                                  "spread": spread(images)}
 
 
 def cost(bench: Bench, setting: Setting, count: int = 32) -> dict:
@@ -249,38 +242,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure guidance and restarts.")
     parser.add_argument("parts", nargs="*", metavar="PART",
                         help=f"{', '.join(PARTS)} (default: both)")
-    parser.add_argument("--data", default=str(HERE / "data"),
-                        help="folder that holds MNIST/raw (default: %(default)s)")
-    parser.add_argument("--checkpoint", default=str(SHIPPED),
-                        help="model file (default: the shipped one)")
+    add_common_arguments(parser)
     parser.add_argument("--count", type=int, help="images of each setting, at most (default: 500 "
                         "to choose, 2000 to report)")
     parser.add_argument("--rows", type=int, nargs="+",
                         help="draw the samples of these settings only, and measure nothing")
-    parser.add_argument("--device", default="auto",
-                        help="cuda, mps or cpu (default: the first that is there)")
-    parser.add_argument("--out", help="file for the results (default: claims.pt beside the model)")
-    parser.add_argument("--scratch", default=str(HERE / "runs" / "samples"),
-                        help="folder that keeps the samples (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="print both tables, measure nothing")
     args = parser.parse_args(argv)
-    out = Path(args.out or Path(args.checkpoint).parent / "claims.pt")
+    out = results_file(args)
     if args.table:
         for _, key, _ in PARTS.values():
             print(table(read_results(out)[key]) + "\n")
         return
 
     # Refuse what cannot work before anything takes time.
-    unknown = [name for name in args.parts if name not in PARTS]
-    if unknown:
-        parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
     if args.rows is not None and len(args.parts) != 1:
         parser.error("--rows is for one part; name it")
-    path, checkpoint = open_checkpoint(args.checkpoint)
-    if checkpoint.config.dataset != "mnist":
-        parser.error("the classifier is of MNIST; this model is not")
-    if any(part["model"] != fingerprint(path) for part in read_results(out).values()):
-        parser.error(f"{out} is of another model; name another file by --out, or delete it")
+    path, checkpoint = open_model(parser, args, PARTS)
 
     # Measure each part, and save it at once.
     for name in args.parts or PARTS:
@@ -290,8 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         count = args.count or {"choose": 500, "report": 2000}[name]
         result = part(bench, rows, count)
         if result:
-            result["model"] = fingerprint(path)
-            save(out, read_results(out) | {key: result})
+            add_result(out, key, result, path)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ added later. The distances are those of yardstick.py. The images of each chain h
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -123,15 +124,7 @@ class Bench:
         if BLOG in name:
             folder = self.scratch.with_name(fingerprint(self.blog_model))
             folder.mkdir(exist_ok=True)
-        file = folder / f"{name}.pt"
-        images = torch.zeros(0, 1, 28, 28, dtype=torch.uint8)
-        if file.exists():
-            images = torch.load(file, weights_only=True)["images"]
-        while len(images) < count:
-            more = self.sample(name, range(len(images), min(count, len(images) + 100)))
-            images = torch.cat([images, more])
-            save(file, {"images": images})
-        return images[:count]
+        return kept_samples(folder / f"{name}.pt", count, lambda seeds: self.sample(name, seeds))
 
     def number_of_images(self, name: str) -> int:
         """How many images of a chain are judged."""
@@ -155,6 +148,25 @@ class Bench:
         row["distances"] = {n: frechet_distance(features[:n], self.reference[0])
                             for n in self.sizes if n <= len(images)}
         return row
+
+
+def kept_samples(file: Path, count: int, draw: Callable[[range], torch.Tensor]) -> torch.Tensor:
+    """The images of seeds 0..count-1. Those in the file are read, the others are drawn by
+    draw(seeds), a hundred at a time, and added to it.
+    """
+    images = torch.zeros(0, 1, 28, 28, dtype=torch.uint8)
+    if file.exists():
+        images = torch.load(file, weights_only=True)["images"]
+    while len(images) < count:
+        seeds = range(len(images), min(count, len(images) + 100))
+        images = torch.cat([images, draw(seeds)])
+        save(file, {"images": images})
+    return images[:count]
+
+
+def spread(images: torch.Tensor) -> float:
+    """The variance of a pixel over the images, in [-1, 1], averaged over the pixels."""
+    return from_uint8(images).var(dim=0).mean().item()
 
 
 @torch.no_grad()
@@ -323,13 +335,7 @@ def samplers(bench: Bench) -> dict:
 
 
 def noise(bench: Bench) -> dict:
-    """What does the injected noise do? The same x_T with all of it, too much, and none.
-
-    "spread" is the variance over seeds, averaged over the pixels in [-1, 1].
-    """
-    def spread(images: torch.Tensor) -> float:
-        return from_uint8(images).var(dim=0).mean().item()
-
+    """What does the injected noise do? The same x_T with all of it, too much, and none."""
     rows = {"test images": {"spread": spread(bench.real)}}
     for name in ("ddpm 1000", "ddpm 1000, beta", "ddpm 1000, zero", "ddim 50"):
         images = bench.draw(name, bench.few)
@@ -385,14 +391,56 @@ def read_results(out: Path) -> dict:
     return torch.load(out, weights_only=True) if out.exists() else {}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure the claims.")
-    parser.add_argument("parts", nargs="*", metavar="PART",
-                        help=f"{', '.join(PARTS)} (default: all)")
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that this command and that of guidance.py share."""
     parser.add_argument("--data", default=str(HERE / "data"),
                         help="folder that holds MNIST/raw (default: %(default)s)")
     parser.add_argument("--checkpoint", default=str(SHIPPED),
                         help="model file (default: the shipped one)")
+    parser.add_argument("--device", default="auto",
+                        help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--out", help="file for the results (default: claims.pt beside the model)")
+    parser.add_argument("--scratch", default=str(HERE / "runs" / "samples"),
+                        help="folder that keeps the samples (default: %(default)s)")
+    parser.add_argument("--table", action="store_true",
+                        help="print what has been measured, measure nothing")
+
+
+def results_file(args: argparse.Namespace) -> Path:
+    """The file for the results."""
+    return Path(args.out or Path(args.checkpoint).parent / "claims.pt")
+
+
+def open_model(parser: argparse.ArgumentParser, args: argparse.Namespace,
+               parts: dict) -> tuple[Path, Checkpoint]:
+    """The model file that the command line names. What cannot work is an error of the parser."""
+    unknown = [name for name in args.parts if name not in parts]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(parts)}")
+    path, checkpoint = open_checkpoint(args.checkpoint)
+    if checkpoint.config.dataset != "mnist":
+        parser.error("the classifier and the linear denoiser are of MNIST; this model is not")
+    out = results_file(args)
+    if any(part["model"] != fingerprint(path) for part in read_results(out).values()):
+        parser.error(f"{out} is of another model; name another file by --out, or delete it")
+    if not out.parent.is_dir():
+        parser.error(f"no folder {out.parent}")
+    return path, checkpoint
+
+
+def add_result(out: Path, name: str, result: dict, path: Path) -> None:
+    """Save a part of the results, with the mark of the model file that they belong to.
+
+    The file is read now: another process may have measured another part in the meantime.
+    """
+    save(out, read_results(out) | {name: result | {"model": fingerprint(path)}})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the claims.")
+    parser.add_argument("parts", nargs="*", metavar="PART",
+                        help=f"{', '.join(PARTS)} (default: all)")
+    add_common_arguments(parser)
     parser.add_argument("--count", type=int, default=500,
                         help="images of ddpm in 1,000 steps (default: %(default)s)")
     parser.add_argument("--few", type=int, default=200,
@@ -401,42 +449,24 @@ def main(argv: list[str] | None = None) -> None:
                         "(default: %(default)s)")
     parser.add_argument("--cheap", type=int, default=2000,
                         help="images in fewer steps (default: %(default)s)")
-    parser.add_argument("--device", default="auto",
-                        help="cuda, mps or cpu (default: the first that is there)")
-    parser.add_argument("--out", help="file for the results (default: claims.pt beside the model)")
-    parser.add_argument("--scratch", default=str(HERE / "runs" / "samples"),
-                        help="folder that keeps the samples (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="print the samplers, measure nothing")
     args = parser.parse_args(argv)
+    out = results_file(args)
     if args.table:
-        out = Path(args.out or Path(args.checkpoint).parent / "claims.pt")
         print(table(torch.load(out, weights_only=True)["samplers"]))
         return
 
     # Refuse what cannot work before anything takes time.
-    unknown = [name for name in args.parts if name not in PARTS]
-    if unknown:
-        parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
     counts = (args.count, args.few, args.cheap)
     if min(counts) < SIZES[0]:
         parser.error(f"distances need at least {SIZES[0]} images")
-    path, checkpoint = open_checkpoint(args.checkpoint)
-    if checkpoint.config.dataset != "mnist":
-        parser.error("the classifier and the linear denoiser are of MNIST; this model is not")
-    out = Path(args.out or path.parent / "claims.pt")
-    if any(part["model"] != fingerprint(path) for part in read_results(out).values()):
-        parser.error(f"{out} is of another model; name another file by --out, or delete it")
-    if not out.parent.is_dir():
-        parser.error(f"no folder {out.parent}")
+    path, checkpoint = open_model(parser, args, PARTS)
 
     # Measure each part, and save it at once.
     bench = Bench(checkpoint, path, args.data, counts, args.device, out, Path(args.scratch))
     for name in args.parts or PARTS:
         begun = time.perf_counter()
         print(f"-- {name}", flush=True)
-        result = PARTS[name](bench) | {"model": fingerprint(path)}
-        # Read the file now: another process may have measured another part in the meantime.
-        save(out, read_results(out) | {name: result})
+        add_result(out, name, PARTS[name](bench), path)
         print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
 
 

@@ -1,6 +1,5 @@
 """The measurements of guidance: they draw what they say, count what it costs, and choose fairly."""
 
-import copy
 import functools
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tests.experiments import guidance as script
 from tests.experiments.guidance import CHOICES, REPORTED, Setting
 from tests.experiments.measure import Bench, read_results
 from tests.experiments.yardstick import look
-from tests.strategies import write_mnist
+from tests.strategies import same_images, with_changes, write_mnist
 from train import from_uint8, load_checkpoint
 from unet import UNet
 
@@ -50,18 +49,6 @@ def bench(mnist, model_file, tmp_path, monkeypatch) -> Bench:
     monkeypatch.setattr(script, "CHOSEN_FROM", KNOWN - 10)
     return Bench(load_checkpoint(model_file), model_file, str(mnist), (0, 0, 0), "cpu",
                  tmp_path / "claims.pt", tmp_path / "samples", sizes=(4, 8))
-
-
-def with_changes(bench: Bench, **attributes) -> Bench:
-    """The same bench, but with other attributes."""
-    other = copy.copy(bench)
-    vars(other).update(attributes)
-    return other
-
-
-def same_images(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two sets of bytes are the same up to rounding, which depends on the batch."""
-    return (a.int() - b.int()).abs().max().item() <= 1
 
 
 SETTINGS = [

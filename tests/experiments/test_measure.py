@@ -1,6 +1,5 @@
 """The measurements of the claims: each number against a case in which it is known."""
 
-import copy
 import functools
 import hashlib
 import json
@@ -19,7 +18,7 @@ from schedule import NoiseSchedule
 from tests.experiments import ablations
 from tests.experiments import measure as script
 from tests.experiments.measure import Bench, loss_by_t, low_frequencies, share_present
-from tests.strategies import FEW, SEED, normal, write_mnist
+from tests.strategies import FEW, SEED, normal, same_images, with_changes, write_mnist
 from unet import UNet
 
 pytestmark = pytest.mark.slow
@@ -65,18 +64,6 @@ def bench(mnist, tmp_path_factory) -> Bench:
     return Bench(train.load_checkpoint(path), path, str(mnist), (8, 8, 8), "cpu",
                  folder / "claims.pt", folder / "samples", blog_model=folder / "none.pt",
                  sizes=(4, 8), timed=2)
-
-
-def with_changes(bench: Bench, **attributes) -> Bench:
-    """The same bench, but with other attributes."""
-    other = copy.copy(bench)
-    vars(other).update(attributes)
-    return other
-
-
-def same_images(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two sets of bytes are the same up to rounding, which depends on the batch."""
-    return (a.int() - b.int()).abs().max().item() <= 1
 
 
 @FEW
