@@ -4,6 +4,7 @@
     python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
     python sample.py --sampler sde-dpm++             in 20 steps instead of 1,000
     python sample.py --sampler sde-dpm++ --guidance 2   clearer digits, for twice the work
+    python sample.py --sampler sde-dpm++ --digits 0-9   digits to order
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
 
 WHAT TO EXPECT. On two CPU cores 32 digits take about a minute in 1,000 steps and 2 seconds in 20.
@@ -16,14 +17,14 @@ Your own finished run in runs/mnist/ is used if there is one.
 CONTENTS. 1. Algorithm 2, the whole of sampling in a few lines. 2. The clean image that a guess at
 the noise implies. 3. One step back. 4. DDIM: a step back that adds no noise. 5. DPM-Solver++: fewer
 steps by extrapolation. 6. Which noise levels to visit. 7. Guidance: away from a worse network.
-8. The whole chain: one seed, one digit. 9. Restarts: a second chance. Below the line: files,
-pictures, the command line.
+8. Labels: digits to order. 9. The whole chain: one seed, one digit. 10. Restarts: a second chance.
+Below the line: files, pictures, the command line.
 
 The notation is that of schedule.py; x̂₀ and ε̂ are guesses at x₀ and ε. Sources: [DDPM] Ho et al.
 2020, arXiv 2006.11239. [IDDPM] Nichol and Dhariwal 2021, arXiv 2102.09672. [DDIM] Song et al. 2021,
 arXiv 2010.02502. [DPM-Solver++] Lu et al. 2022, arXiv 2211.01095. [Autoguidance] Karras et al.
-2024, arXiv 2406.02507, and for its interval Kynkäänniemi et al. 2024, arXiv 2404.07724. Restarts:
-Xu et al. 2023, arXiv 2306.14878.
+2024, arXiv 2406.02507, and for its interval Kynkäänniemi et al. 2024, arXiv 2404.07724. [CFG] Ho
+and Salimans 2022, arXiv 2207.12598. Restarts: Xu et al. 2023, arXiv 2306.14878.
 """
 
 import argparse
@@ -50,6 +51,7 @@ VARIANCES = ("beta_tilde", "beta", "zero")  # of the fresh noise in p_step
 SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm++": 20, "sde-dpm++": 20}
 
 SHIPPED = HERE / "pretrained" / "model.pt"
+SHIPPED_LABELS = HERE / "pretrained" / "labels" / "model.pt"
 
 
 # -------------------------------------------------------------------------- 1. Algorithm 2
@@ -360,10 +362,16 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
 # What is drawn then? Let p and p_worse be the densities of what the two networks draw alone. Most
 # texts say that guidance draws images with the density p^w / p_worse^(w-1), up to a factor. That is
 # not so. It is true that at each t, ε̂ = w ε_model - (w-1) ε_worse belongs to such a density of
-# noisy images: the perfect answer for images x_t of a density p_t is -√(1-ᾱ_t) times the gradient
-# of log p_t with respect to x_t (which we do not derive here), and gradients add up. But the
-# densities of different t do not belong together: noise added to the one of t = 0 does not give the
-# others.
+# noisy images. To see it, write the density of x_t as p_t(x_t) = ∫ q(x_t|x₀) p(x₀) dx₀ and take the
+# gradient ∇ with respect to x_t. The logarithm of the Gaussian q(x_t|x₀) has the gradient
+# -(x_t - √ᾱ_t x₀) / (1-ᾱ_t) = -ε/√(1-ᾱ_t), so
+#
+#       ∇p_t(x_t) = ∫ -ε/√(1-ᾱ_t) · q(x_t|x₀) p(x₀) dx₀
+#
+# Divided by p_t(x_t), the right side is an average over all x₀ that x_t could have come from, and
+# the average of ε is the perfect answer of section 1. So this answer is -√(1-ᾱ_t) ∇ log p_t(x_t),
+# and a combination of answers belongs to the same combination of logarithms. But the densities of
+# different t do not belong together: noise added to the one of t = 0 does not give the others.
 #
 # A case that can be computed: the data are N(0, 1), the model is perfect, the worse network is
 # perfect for N(0, a), a being its variance, with a = 2, and w = 2. The density above would have the
@@ -388,8 +396,9 @@ class Guided(torch.nn.Module):
     interval  (low, high): the t, both ends included, at which guidance acts; at others the model
               answers alone. None is all t
 
-    Called as network(xt, t), as UNet is. Raises ValueError for a guidance that is not finite and
-    for an empty interval.
+    If model is a Labelled network (section 8) and worse is the same network without its label,
+    this is classifier-free guidance. Called as network(xt, t), as UNet is. Raises ValueError for a
+    guidance that is not finite and for an empty interval.
     """
 
     def __init__(self, model: torch.nn.Module, worse: torch.nn.Module, guidance: float,
@@ -407,26 +416,94 @@ class Guided(torch.nn.Module):
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """ε̂, (B, C, H, W), for noisy images xt, (B, C, H, W), of the levels t, (B,)."""
-        eps_model = self.model(xt, t)
-
-        # Spare the second network where it would change nothing.
+        # Spare a network where it would change nothing.
         if self.guidance == 1:
-            return eps_model
+            return self.model(xt, t)
         if self.interval is not None:
             low, high = self.interval
             inside = (low <= t) & (t <= high)  # (B,)
             if not inside.any():
-                return eps_model
+                return self.model(xt, t)
+        elif self.guidance == 0:
+            return self.worse(xt, t)
+
+        # Ask both. If it is the same network, with its label and without, ask in one batch.
+        if isinstance(self.model, Labelled) and self.model.network is self.worse:
+            eps_model, eps_worse = self.model.told_and_untold(xt, t)
+        else:
+            eps_model = self.model(xt, t)
+            eps_worse = self.worse(xt, t)
 
         # Go from the worse answer through the better one and beyond.
-        eps_worse = self.worse(xt, t)
         eps_hat = eps_worse + self.guidance * (eps_model - eps_worse)
         if self.interval is not None:
             eps_hat = torch.where(inside.reshape(-1, 1, 1, 1), eps_hat, eps_model)
         return eps_hat
 
 
-# ------------------------------------------------ 8. The whole chain: one seed, one digit
+# ----------------------------------------------------------- 8. Labels: digits to order
+#
+# train.py --labels trains a network that is told which digit is in the image: ε_θ(x_t, t, c) for
+# the class c, and for one image in ten ε_θ(x_t, t), without a label. The rest of the book stays as
+# it is. All that is said about x₀ holds for the images of one class, too, and a sampler that is
+# given the answers for class 7 draws sevens.
+#
+# How do the two answers differ? By Bayes' rule p_t(x_t | c) = p_t(x_t) p(c | x_t) / p(c). Take the
+# logarithm and its gradient. Since the perfect answers are -√(1-ᾱ_t) times the gradients of
+# log p_t(x_t | c) and of log p_t(x_t), see section 7,
+#
+#       ε(x_t, t) - ε(x_t, t, c) = √(1-ᾱ_t) ∇ log p(c | x_t)
+#
+# p(c | x_t) is what a perfect classifier of noisy images says. So the label pushes the image in the
+# direction in which this classifier becomes more certain of c, without anyone having trained a
+# classifier. Hence the name of what comes next, classifier-free guidance: push w times as hard.
+#
+#       ε̂ = ε(x_t, t) + w (ε(x_t, t, c) - ε(x_t, t))                        [CFG Eq. 6]
+#
+# This is Guided, where the worse network is the same network, not told the label. w = 0 draws any
+# digit, w = 1 the digits of class c as they are, and a larger w those of which a classifier would
+# be more certain still. (Ho and Salimans write 1 + w where we write w.)
+#
+# One more law. The answer without a label is the mean of all noises that may be in x_t; first over
+# those of each class, then over the classes:
+#
+#       ε(x_t, t) = Σ_c p(c | x_t) ε(x_t, t, c)
+#
+# From digits to pictures of anything that one can put into words it is a short way. Where this
+# network adds the row of its table that belongs to the class, a text-to-image model adds what
+# another network, a text encoder, makes of a sentence (and lets attention look at its single
+# words). The sentence is dropped at times in training, and guidance goes from the answer without it
+# to the answer with it. Nothing else changes.
+
+class Labelled(torch.nn.Module):
+    """A network that is told what to draw, which sample() uses as any other.       [CFG]
+
+    network  a UNet with classes, called as network(xt, t, label)
+    labels   (B,) integers, the class of each image of the batch; -1 tells none
+
+    Called as labelled(xt, t), as UNet is, with batches of B images.
+    """
+
+    def __init__(self, network: torch.nn.Module, labels: torch.Tensor):
+        super().__init__()
+        self.network = network
+        self.register_buffer("labels", labels)
+        self.train(network.training)  # see Guided
+
+    def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """ε(x_t, t, c), (B, C, H, W), for noisy images xt, (B, C, H, W), of the levels t, (B,)."""
+        return self.network(xt, t, self.labels)
+
+    def told_and_untold(self, xt: torch.Tensor, t: torch.Tensor
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
+        """ε(x_t, t, c) and ε(x_t, t), computed in one batch of 2B images."""
+        labels = torch.cat([self.labels, torch.full_like(self.labels, -1)])
+        eps_hat = self.network(torch.cat([xt, xt]), torch.cat([t, t]), labels)
+        told, untold = eps_hat.chunk(2)
+        return told, untold
+
+
+# ------------------------------------------------ 9. The whole chain: one seed, one digit
 #
 # Each image takes all its noise from a generator of its own, which is seeded with the seed of the
 # image and lives on the CPU. So seed 7 gives the same image, up to rounding, alone or among others,
@@ -506,7 +583,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
     yield 0, xt, xt
 
 
-# --------------------------------------------------------- 9. Restarts: a second chance
+# -------------------------------------------------------- 10. Restarts: a second chance
 #
 # Which digit a chain draws is decided at t of about 600 to 300 (figures/decided.png). If the chain
 # goes wrong there, later steps can only make the best of it. A restart gives it a second chance:
@@ -585,22 +662,26 @@ def check_start(start: tuple[int, torch.Tensor], schedule: NoiseSchedule,
                          f"for {len(seeds)}")
 
 
-def open_checkpoint(name: str | None, finished: bool = True) -> tuple[Path, Checkpoint]:
+def open_checkpoint(name: str | None, finished: bool = True,
+                    labels: bool = False) -> tuple[Path, Checkpoint]:
     """Load a model file and print which: the one named, else your own run, else the shipped one.
 
     name      a file; None takes runs/mnist/model.pt if it is there, else pretrained/model.pt
     finished  with None, skip your own run if it is still under way
+    labels    with None, take a model that knows labels: runs/mnist-labels/model.pt, else
+              pretrained/labels/model.pt
 
     Raises OSError or ValueError, in one line.
     """
-    path = Path(name or HERE / "runs" / "mnist" / "model.pt")
+    shipped = SHIPPED_LABELS if labels else SHIPPED
+    path = Path(name or HERE / "runs" / ("mnist-labels" if labels else "mnist") / "model.pt")
     if name is None and not path.exists():
-        path = SHIPPED
+        path = shipped
     checkpoint = load_checkpoint(path)
     epochs = len(checkpoint.history["loss"])
     if name is None and finished and epochs < checkpoint.config.epochs:
         print(f"{path} is not finished yet; --checkpoint {path} would take it", file=sys.stderr)
-        return open_checkpoint(str(SHIPPED))
+        return open_checkpoint(str(shipped))
 
     line = f"{path}: {DATASETS[checkpoint.config.dataset]}, {epochs} epochs"
     if epochs > 0:
@@ -624,14 +705,23 @@ def find_guide(path: Path, checkpoint: Checkpoint) -> Path:
 
 
 def guided(checkpoint: Checkpoint, path: Path, guidance: float, guide: str | None = None,
-           interval: tuple[int, int] | None = None) -> torch.nn.Module:
-    """The network of a model file, guided by an earlier state of it.
+           interval: tuple[int, int] | None = None,
+           labels: torch.Tensor | None = None) -> torch.nn.Module:
+    """The network of a model file, guided by itself without labels or by an earlier state of it.
 
     path      the model file
-    guide     the file of the earlier state; None is find_guide()
+    guide     the file of the earlier state; None is find_guide(), or with labels the network itself
+    labels    (B,) integers, the classes to draw; None if none is asked for. The guide is not told
 
     Raises OSError if there is no guide, ValueError if it does not fit the model.
     """
+    model = checkpoint.model
+    if labels is not None:
+        model = Labelled(model, labels)
+        if guide is None:
+            print(f"guided by itself without labels, w = {guidance:g}", flush=True)
+            return Guided(model, checkpoint.model, guidance, interval)
+
     guide_path = Path(guide) if guide else find_guide(path, checkpoint)
     other = load_checkpoint(guide_path)
     advice = "a guide must be an earlier state of the same network"
@@ -644,7 +734,38 @@ def guided(checkpoint: Checkpoint, path: Path, guidance: float, guide: str | Non
     if len(other.history["step_loss"]) >= len(checkpoint.history["step_loss"]):
         raise ValueError(f"{guide_path} was not trained for fewer steps than {path}; {advice}")
     print(f"guided by {guide_path}, w = {guidance:g}", flush=True)
-    return Guided(checkpoint.model, other.model, guidance, interval)
+    return Guided(model, other.model, guidance, interval)
+
+
+def parse_digits(text: str) -> list[str]:
+    """'0-3,7' -> ['0', '1', '2', '3', '7']. Raises argparse.ArgumentTypeError for anything else."""
+    digits = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9])(?:-([0-9]))?", part)
+        if match is None or match[1] > (match[2] or match[1]):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a digit or a range such as 0-9")
+        first = int(match[1])
+        last = int(match[2] or match[1])
+        digits += [str(digit) for digit in range(first, last + 1)]
+    return digits
+
+
+def labels_for(seeds: list[int], names: list[str], checkpoint: Checkpoint,
+               path: Path) -> torch.Tensor:
+    """The label of each seed: those of the named classes, repeated as needed; (B,) integers.
+
+    Raises ValueError if the model of this file knows no labels, or not such a class.
+    """
+    if not checkpoint.classes:
+        raise ValueError(f"{path} was trained without labels and cannot be asked for a class; "
+                         "python train.py --labels makes a model that can")
+    known = {name.lower(): label for label, name in enumerate(checkpoint.classes)}
+    for name in names:
+        if name.lower() not in known:
+            raise ValueError(f"{path} knows no class {name!r}; give --classes some of "
+                             f"{','.join(checkpoint.classes)}")
+    asked = [known[name.lower()] for name in names]
+    return torch.tensor([asked[k % len(asked)] for k in range(len(seeds))])
 
 
 def parse_interval(text: str) -> tuple[int, int]:
@@ -677,12 +798,12 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def draw_grid(images: torch.Tensor, scale: int = 4) -> Image.Image:
-    """Images (B, 1, H, W) in [-1, 1], eight to a row, on a dark grey grid, enlarged.
+def draw_grid(images: torch.Tensor, scale: int = 4, columns: int = 8) -> Image.Image:
+    """Images (B, 1, H, W) in [-1, 1], so many to a row, on a dark grey grid, enlarged.
 
     The same as torchvision's make_grid, which takes seconds to import.
     """
-    columns = min(8, len(images))
+    columns = min(columns, len(images))
     empty = -len(images) % columns  # places left over in the last row
     grey = 64
     pad = torch.nn.functional.pad
@@ -710,12 +831,19 @@ def make_parser() -> Parser:
                              "(default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N",
                         help="number of steps (default: all T for ddpm, 50 for ddim, else 20)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--digits", type=parse_digits, metavar="DIGITS", dest="classes",
+                      help="what to draw, for the seeds in turn, such as 7 or 0-9; for a model "
+                           "trained with labels")
+    what.add_argument("--classes", type=lambda text: text.split(","), metavar="NAMES",
+                      help="the same for other data sets: names of classes, with commas")
     parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
-                        help="go beyond the model, away from an earlier state of it: 1 is no "
-                             "guidance, 2 is usual (default: %(default)s)")
+                        help="go beyond the model, away from a worse one: 1 is no guidance, 2 is "
+                             "usual (default: %(default)s)")
     parser.add_argument("--guide", metavar="FILE",
-                        help="model file of the earlier state (default: early.pt beside the model, "
-                             "else the file of its epoch 2 of 15)")
+                        help="model file of the worse one, an earlier state (default: with "
+                             "--digits or --classes, the model itself without labels; else "
+                             "early.pt beside the model or the file of its epoch 2 of 15)")
     parser.add_argument("--interval", type=parse_interval, metavar="LOW-HIGH",
                         help="noise levels t at which guidance acts (default: all)")
     parser.add_argument("--restarts", action="store_true",
@@ -743,7 +871,7 @@ def files_to_write(out: str | None, gif: str | None, model_path: Path) -> list[P
     """The files that this call writes, which can be written. Raises OSError if one cannot."""
     # Pictures go beside the model; those of the shipped one must not lie among shipped files.
     folder = model_path.parent
-    if model_path.resolve().parent == SHIPPED.parent:
+    if SHIPPED.parent in model_path.resolve().parents:
         folder = HERE / "runs" / "pretrained"
     files = [Path(out or folder / "samples.png")]
     if gif:
@@ -770,6 +898,8 @@ def check_interval(interval: tuple[int, int] | None, levels: list[int]) -> None:
 def describe_chain(args: argparse.Namespace, steps: int) -> str:
     """How the digits were drawn, for the description inside the picture."""
     words = f"{args.sampler}, {steps} steps"
+    if args.classes:
+        words = f"classes {','.join(args.classes)}, {words}"
     if args.guidance != 1:
         words += f", guidance {args.guidance:g}"
     if args.guide:
@@ -784,12 +914,18 @@ def describe_chain(args: argparse.Namespace, steps: int) -> str:
 def write_pictures(args: argparse.Namespace) -> list[Path]:
     """Sample as the command line says, and write what it asks for. Returns the files."""
     # Load the model, and see whether the pictures can be written.
-    path, checkpoint = open_checkpoint(args.checkpoint)
+    path, checkpoint = open_checkpoint(args.checkpoint, labels=args.classes is not None)
     device = pick_device(args.device)
     prepare_device(device)
     model = checkpoint.model
+    labels = None
+    columns = 8
+    if args.classes:
+        labels = labels_for(args.seeds, args.classes, checkpoint, path)
+        model = Labelled(model, labels)
+        columns = max(8, len(args.classes))  # of ten classes, each has a column
     if args.guidance != 1:
-        model = guided(checkpoint, path, args.guidance, args.guide, args.interval)
+        model = guided(checkpoint, path, args.guidance, args.guide, args.interval, labels)
     model = model.to(device)
     levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
     check_interval(args.interval, levels)
@@ -803,19 +939,19 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
                    args.clip, shape=(1, size, size), eta=args.eta)
     for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
         if args.gif and t in shown:
-            frames.append(draw_grid(images, scale=2))
+            frames.append(draw_grid(images, 2, columns))
         if t == 0:
             digits = images
     if args.restarts:
         digits = restart(model, checkpoint.schedule, digits, args.seeds, clip=args.clip)
         if args.gif:
-            frames.append(draw_grid(digits, scale=2))
+            frames.append(draw_grid(digits, 2, columns))
 
     # Write the picture, which says how it was made, and the animation.
     description = PngInfo()
     description.add_text("Description", f"{path.name}, {DATASETS[checkpoint.config.dataset]}, "
                          f"seeds {args.seeds}, {describe_chain(args, len(levels) - 1)}")
-    draw_grid(digits).save(files[0], pnginfo=description)
+    draw_grid(digits, columns=columns).save(files[0], pnginfo=description)
     if args.gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
         frames[0].save(args.gif, save_all=True, append_images=frames[1:], loop=0,
                        duration=[80] * (len(frames) - 1) + [3000])

@@ -3,6 +3,7 @@
     python train.py                        15 epochs on MNIST, into runs/mnist/
     python train.py --data DIR             the same, with MNIST from DIR/MNIST/raw
     python train.py --resume               go on with a run that was stopped
+    python train.py --labels               tell the network the digits, to draw what is asked for
     python train.py --quick                a first look, in less than three minutes
     torchrun --nproc-per-node=2 train.py   on two GPUs
 
@@ -37,7 +38,7 @@ averaged weights, evaluation. 4. The training loop. Below the line: a run as an 
 and the command line.
 
 The notation is that of schedule.py. Sources: [DDPM] Ho et al. 2020, arXiv 2006.11239. [VDM] Kingma
-et al. 2021, arXiv 2107.00630.
+et al. 2021, arXiv 2107.00630. [CFG] Ho and Salimans 2022, arXiv 2207.12598.
 """
 
 import argparse
@@ -82,6 +83,9 @@ QUICK = {"epochs": 1, "batch_size": 32, "lr": 4e-3, "images": 22_400, "val_image
 # The share of the steps after which early.pt is written.
 EARLY = 2 / 15
 
+# With --labels: the probability with which the label of an image is kept from the network.
+DROPPED = 0.1
+
 
 def option(default: Any, meaning: str) -> Any:
     """A field of Config with its default and its line in --help."""
@@ -108,6 +112,7 @@ class Config:
     seed: int = option(0, "seed of the weights, the image order and all noise")
     images: int = option(0, "train on the first N images only; 0 takes all")
     val_images: int = option(0, "hold out the last N training images, not the test set")
+    labels: bool = option(False, "tell the network the class of each image, to draw what is asked")
 
     # Where to compute it. These are not saved, because another machine has other folders.
     data: str = option(str(HERE / "data"), "folder with MNIST/raw, or one of images for each class")
@@ -121,9 +126,11 @@ class Config:
 
     @property
     def like_blog(self) -> bool:
-        """Whether the losses can be compared with the blog's: same images, same noise levels."""
+        """Whether the losses can be compared with the blog's: same images, same noise levels,
+        and nothing else told.
+        """
         return all(getattr(self, name) == getattr(Config, name)  # Config.name is the default
-                   for name in ("dataset", "images", "T", "schedule"))
+                   for name in ("dataset", "images", "T", "schedule", "labels"))
 
 
 # ------------------------------------------------------------ 1. What to ask of the network
@@ -254,11 +261,13 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
 # several processes share the work; run.draw_t and run.learning_rate are the functions of this file,
 # unless train() is given others.
 
-def training_step(run: "Run", x0: torch.Tensor) -> torch.Tensor:
+def training_step(run: "Run", x0: torch.Tensor,
+                  label: torch.Tensor | None = None) -> torch.Tensor:
     """Take one step of gradient descent on a batch of clean images.         [DDPM Algorithm 1]
 
-    run  the network and all that changes with it, see Run
-    x0   (B, 1, H, W) images in [-1, 1]; the training loop has done line 2
+    run    the network and all that changes with it, see Run
+    x0     (B, 1, H, W) images in [-1, 1]; the training loop has done line 2
+    label  (B,) integers, the class of each image; None to train without labels
 
     Returns the loss before the step: the mean over the batch and all pixels, a scalar tensor.
     """
@@ -267,15 +276,40 @@ def training_step(run: "Run", x0: torch.Tensor) -> torch.Tensor:
 
     # Line 4: draw the noise. All of it comes from the CPU, so every device sees the same noise.
     eps = torch.randn(x0.shape, generator=run.generator)
-    x0, t, eps = own_share(x0, t, eps)  # the whole batch, unless several processes share it
+
+    # With --labels: keep the label of some images from the network.
+    if label is not None:
+        label = drop_labels(label, run.generator)
+
+    # Take the whole batch, or a share of it if several processes work together.
+    x0, t, eps, label = own_share(x0, t, eps, label)
 
     # Line 5: add the noise to the images, ask the network what the noise was, and move the weights
     # a little along the negative gradient of the squared error.                  [DDPM Eq. 14]
     xt = run.schedule.q_sample(x0, t, eps)
-    eps_hat = run.network(xt.to(run.device), t.to(run.device))
+    if label is None:
+        eps_hat = run.network(xt.to(run.device), t.to(run.device))
+    else:
+        eps_hat = run.network(xt.to(run.device), t.to(run.device), label.to(run.device))
     loss = F.mse_loss(eps_hat, eps.to(run.device))
     gradient_step(run, loss)
     return loss.detach()
+
+
+def drop_labels(label: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Replace about one label in ten by -1, "not told".               [CFG Algorithm 1]
+
+    label      (B,) integers, the class of each image
+    generator  the source of all randomness, on the CPU
+
+    Returns (B,) integers.
+    """
+    # A network that is always told the class would not know what to answer without. For guidance
+    # (sample.py, section 8) it must know both answers, so it has to practise both. Whether a label
+    # is dropped is drawn for each image, not once for the batch: the gradient of a step is then
+    # always an average over images of both kinds.
+    dropped = torch.rand(label.shape, generator=generator) < DROPPED
+    return torch.where(dropped, -1, label)
 
 
 def gradient_step(run: "Run", loss: torch.Tensor) -> None:
@@ -346,11 +380,12 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int,
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tensor,
-             batch_size: int = 128) -> float:
+             batch_size: int = 128, labels: torch.Tensor | None = None) -> float:
     """Mean squared error of the predicted noise, measured in the same way every time.
 
     model   called as model(xt, t); evaluated in eval mode and left in its own mode
     images  uint8 (N, 1, H, W); image i is seen at t = 1 + (i mod T), with noise from seed 0
+    labels  (N,) integers, the classes to tell the model; None tells none
 
     Returns the mean over images and pixels [DDPM Eq. 14]. All t count alike if N is a multiple of
     T; otherwise small t count a little more.
@@ -364,11 +399,14 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
 
     # Add up the squared errors, batch by batch.
     total = 0.0
-    batches = zip(images.split(batch_size), levels.split(batch_size), noise.split(batch_size))
-    for x0, t, eps in batches:
-        xt = schedule.q_sample(from_uint8(x0), t, eps)
-        eps_hat = model(xt.to(device), t.to(device)).cpu()
-        total += (eps - eps_hat).square().sum(dtype=torch.float64).item()
+    for batch in torch.arange(len(images)).split(batch_size):
+        t = levels[batch]
+        xt = schedule.q_sample(from_uint8(images[batch]), t, noise[batch])
+        if labels is None:
+            eps_hat = model(xt.to(device), t.to(device))
+        else:
+            eps_hat = model(xt.to(device), t.to(device), labels[batch].to(device))
+        total += (noise[batch] - eps_hat.cpu()).square().sum(dtype=torch.float64).item()
 
     model.train(was_training)
     return total / images.numel()
@@ -385,8 +423,10 @@ def train(config: Config, resume: bool = False,
     """Train a network, and write its files into config.out (see the top of this file).
 
     resume         go on from last.pt in config.out, bit for bit as if the run had never stopped
-    images         training and held-out images, uint8 (N, 1, H, W); None reads config.dataset
-    network        builds the network: network(size=28), or network(**model.config) on resuming
+    images         training and held-out images, uint8 (N, 1, H, W) each, or pairs of images and
+                   labels, (N,) integers from 0; None reads config.dataset
+    network        builds the network: network(size=28), with labels also classes=10, or
+                   network(**model.config) on resuming
     draw_t         draws the noise levels of a batch, in place of draw_t above
     learning_rate  gives the learning rate of a step, in place of learning_rate above
     after_step     called as after_step(run) after each step. If its answer is true, the run is
@@ -394,7 +434,8 @@ def train(config: Config, resume: bool = False,
                    run.history up to date, which otherwise happens every 20 steps)
 
     Returns the history: lists "loss", "held_out" and "seconds" with a number for each epoch, and
-    "step_loss" with a number for each step. Raises ValueError if the options, the images and the
+    "step_loss" with a number for each step. With labels, "held_out" is the loss when every label is
+    told, and the list "held_out_untold" has the loss when none is. Raises ValueError if the options, the images and the
     files do not fit together, OSError if a file cannot be read or written, FloatingPointError if
     the loss is no longer finite, RuntimeError if the device fails.
     """
@@ -402,8 +443,8 @@ def train(config: Config, resume: bool = False,
 
     for _ in progress(run):  # once for each step still to be taken, with a progress bar
         # Train on the next batch.
-        x0 = from_uint8(next_batch(run, training))
-        loss = training_step(run, x0)
+        batch = next_batch(run, training)
+        loss = training_step(run, from_uint8(batch.images), batch.labels)
         run.record(loss)
 
         # Let the caller look in, and perhaps stop the run.
@@ -451,9 +492,12 @@ class Run:
     """
 
     def __init__(self, config: Config, schedule: NoiseSchedule, image_count: int, sizes: dict,
-                 network=UNet, draw_t=draw_t, learning_rate=learning_rate):
-        """sizes are the arguments for network(); image_count is the number of training images."""
+                 network=UNet, draw_t=draw_t, learning_rate=learning_rate, classes=()):
+        """sizes are the arguments for network(); image_count is the number of training images;
+        classes are the names of the classes, if these are told.
+        """
         self.config = config
+        self.classes = list(classes)
         self.schedule = schedule
         self.draw_t = draw_t
         self.learning_rate = learning_rate
@@ -483,6 +527,8 @@ class Run:
         self.order = None
         self.epoch_begun = time.perf_counter()
         self.history = {"loss": [], "held_out": [], "seconds": [], "step_loss": []}
+        if self.classes:
+            self.history["held_out_untold"] = []
         self.unread = []  # losses that are still on the device
 
     @property
@@ -512,15 +558,22 @@ class Run:
         self.unread.clear()
         self.check_finite(losses.sum().item())
 
-    def finish_epoch(self, held_out: torch.Tensor) -> None:
-        """Put the numbers of an epoch into the history; held_out are images as for evaluate()."""
+    def finish_epoch(self, held_out: "Examples") -> None:
+        """Put the numbers of an epoch into the history."""
         held_out_loss = 0.0
+        untold_loss = 0.0
         if is_first_process():  # which is also the one that saves
-            held_out_loss = evaluate(self.average, self.schedule, held_out)
+            held_out_loss = evaluate(self.average, self.schedule, held_out.images,
+                                     labels=held_out.labels)
             self.check_finite(held_out_loss)
+            if self.classes:
+                untold_loss = evaluate(self.average, self.schedule, held_out.images)
+
         losses = self.history["step_loss"][-self.steps_per_epoch:]
         self.history["loss"].append(sum(losses) / len(losses))
         self.history["held_out"].append(held_out_loss)
+        if self.classes:
+            self.history["held_out_untold"].append(untold_loss)
         self.history["seconds"].append(time.perf_counter() - self.epoch_begun)
 
     def check_finite(self, value: float) -> None:
@@ -540,6 +593,7 @@ class Run:
                          if name not in ("data", "out", "device")}
         return {"config": saved_options,
                 "network": self.model.config,
+                "classes": self.classes,
                 "history": self.history,
                 "betas": self.schedule.beta[1:],
                 "average": {k: v.cpu() for k, v in self.average.state_dict().items()},
@@ -568,7 +622,7 @@ class Run:
 
 
 def set_up(config: Config, resume: bool, images, network, draw_t,
-           learning_rate) -> tuple[Run, torch.Tensor, torch.Tensor]:
+           learning_rate) -> tuple[Run, "Examples", "Examples"]:
     """Begin a run or take one up again: the Run, its training images and its held-out images."""
     # Refuse what cannot work before anything takes time.
     device = pick_device(config.device)
@@ -584,10 +638,19 @@ def set_up(config: Config, resume: bool, images, network, draw_t,
 
     # Read the images.
     training, held_out = split_images(config, images)
+    sizes = {"size": training.images.shape[-1]}
+    classes = []
+    if config.labels:
+        classes = class_names(config, images)
+        sizes["classes"] = len(classes)
+    if resume:
+        sizes = checkpoint.state["network"]
+        if classes != checkpoint.classes:
+            raise ValueError(f"the run in {config.out} had the classes "
+                             f"{', '.join(checkpoint.classes)}, not {', '.join(classes)}")
 
     # Build the network and all that changes with it.
-    sizes = checkpoint.state["network"] if resume else {"size": training.shape[-1]}
-    run = Run(config, schedule, len(training), sizes, network, draw_t, learning_rate)
+    run = Run(config, schedule, len(training), sizes, network, draw_t, learning_rate, classes)
     if resume:
         run.load_state_dict(checkpoint.state)
     return run, training, held_out
@@ -616,8 +679,8 @@ def checkpoint_to_resume(config: Config, network=UNet) -> "Checkpoint":
     return checkpoint
 
 
-def next_batch(run: Run, training: torch.Tensor) -> torch.Tensor:
-    """The images of the next step, uint8 (batch_size, 1, H, W), in an order drawn every epoch."""
+def next_batch(run: Run, training: "Examples") -> "Examples":
+    """The images of the next step, batch_size of them, in an order drawn every epoch."""
     position = run.step % run.steps_per_epoch
     if position == 0:
         run.order = torch.randperm(len(training), generator=run.generator)
@@ -637,6 +700,8 @@ def report(run: Run) -> None:
     losses = {name: run.history[name][-1] for name in ("loss", "held_out", "seconds")}
     line = (f"epoch {run.epoch:2d}/{run.config.epochs}   loss {losses['loss']:.4f}   "
             f"held-out {losses['held_out']:.4f}   {losses['seconds']:4.0f} s")
+    if run.classes:
+        line += f"   held-out without labels {run.history['held_out_untold'][-1]:.4f}"
     if run.config.like_blog and run.epoch <= len(BLOG_LOSS):
         line += f"   blog's loss {BLOG_LOSS[run.epoch - 1]:.4f}"
     with tqdm.external_write_mode():  # so that the progress bar stays below the line
@@ -661,11 +726,26 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def split_images(config: Config, images: tuple[torch.Tensor, torch.Tensor] | None = None
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images to train on and those that are held out, both uint8 (N, 1, H, W).
+@dataclass
+class Examples:
+    """Images, uint8 (N, 1, H, W), and the class of each, (N,) integers; None: not told."""
+    images: torch.Tensor
+    labels: torch.Tensor | None = None
 
-    images  both parts before config.images and config.val_images are applied; None reads them
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows) -> "Examples":
+        if self.labels is None:
+            return Examples(self.images[rows])
+        return Examples(self.images[rows], self.labels[rows])
+
+
+def split_images(config: Config, images: tuple | None = None) -> tuple[Examples, Examples]:
+    """The images to train on and those that are held out; with labels if config.labels.
+
+    images  both parts before config.images and config.val_images are applied, as train() takes
+            them; None reads them
 
     Raises ValueError if there are too few, OSError as load_images does.
     """
@@ -673,10 +753,14 @@ def split_images(config: Config, images: tuple[torch.Tensor, torch.Tensor] | Non
     # several would write the same files at once.
     if images is None:
         alone = process_count() == 1
-        training, _ = load_images(config.data, True, config.dataset, download=alone)
-        held_out, _ = load_images(config.data, False, config.dataset, download=alone)
+        training = Examples(*load_images(config.data, True, config.dataset, download=alone))
+        held_out = Examples(*load_images(config.data, False, config.dataset, download=alone))
     else:
-        training, held_out = images
+        training, held_out = map(as_examples, images)
+    if not config.labels:
+        training.labels = held_out.labels = None
+    elif training.labels is None or held_out.labels is None:
+        raise ValueError("labels=True needs images with labels: pairs (images, labels)")
 
     # Hold out training images instead of the test images, to choose hyper-parameters by.
     if config.val_images:
@@ -694,6 +778,30 @@ def split_images(config: Config, images: tuple[torch.Tensor, torch.Tensor] | Non
         raise ValueError(f"a batch of {config.batch_size} cannot be shared equally by "
                          f"{process_count()} processes")
     return training, held_out
+
+
+def as_examples(part: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Examples:
+    """Images, or a pair of images and labels, as Examples."""
+    if isinstance(part, torch.Tensor):
+        return Examples(part)
+    return Examples(*part)
+
+
+def class_names(config: Config, images: tuple | None = None) -> list[str]:
+    """The names of the classes of a data set, in the order of the labels.
+
+    images  as train() takes them; classes of images that are given have numbers for names
+    """
+    if images is not None:
+        highest = max(int(labels.max()) for _, labels in images)
+        return [str(k) for k in range(highest + 1)]
+    if config.dataset in ("mnist", "builtin"):
+        return list("0123456789")
+    from torchvision import datasets
+    if config.dataset == "folder":
+        names, _ = datasets.folder.find_classes(config.data)
+        return names
+    return getattr(datasets, DATASETS[config.dataset]).classes
 
 
 def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: str = "mnist",
@@ -812,6 +920,7 @@ class Checkpoint(NamedTuple):
     schedule: NoiseSchedule   # that it was trained with
     config: Config
     history: dict             # as train() returns it
+    classes: list[str]        # the names of the classes, in the order of the labels; [] without
     state: dict               # all of the file, for Run.load_state_dict
 
 
@@ -830,7 +939,8 @@ def load_checkpoint(path: str | Path, network: Callable[..., torch.nn.Module] = 
         model.load_state_dict(state["average"], assign=True)
         model.eval().float()  # the files epoch-N.pt are in half precision
         schedule = NoiseSchedule.from_betas(state["betas"], allow_signal=True)
-        return Checkpoint(model, schedule, Config(**state["config"]), state["history"], state)
+        return Checkpoint(model, schedule, Config(**state["config"]), state["history"],
+                          state.get("classes", []), state)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise OSError(f"no model file {path} ({error.strerror}); python train.py makes one")
     except Exception as error:  # torch raises many kinds
@@ -859,7 +969,8 @@ def save_run(run: Run) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = run.state_dict()
     run.check_finite(sum(weight.sum().item() for weight in state["average"].values()))
-    model = {name: state[name] for name in ("config", "network", "history", "betas", "average")}
+    parts = ("config", "network", "classes", "history", "betas", "average")
+    model = {name: state[name] for name in parts}
     save(out / "model.pt", model)
 
     # Keep some states of the model, in half the space.
@@ -885,10 +996,10 @@ def is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def own_share(*batch: torch.Tensor) -> list[torch.Tensor]:
-    """Of each tensor, the rows for this process: all of them if it is alone."""
+def own_share(*batch: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Of each tensor, the rows for this process: all of them if it is alone. None stays None."""
     first = dist.get_rank() if dist.is_initialized() else 0
-    return [rows[first::process_count()] for rows in batch]
+    return [None if rows is None else rows[first::process_count()] for rows in batch]
 
 
 def share_gradients(model: torch.nn.Module) -> torch.nn.Module:
@@ -976,8 +1087,10 @@ def check_options(config: Config) -> None:
 
 
 def default_folder(config: Config) -> str:
-    """The folder of a run that names none: runs/DATASET, or runs/DATASET-IMAGES."""
+    """The folder of a run that names none: runs/DATASET, with -labels and -IMAGES if asked for."""
     name = config.dataset
+    if config.labels:
+        name += "-labels"
     if config.images:
         name += f"-{config.images}"
     return str(HERE / "runs" / name)
@@ -988,8 +1101,13 @@ def make_parser() -> Parser:
     parser = Parser(description="Train a diffusion model on images of digits.")
     for option in fields(Config):
         # SUPPRESS leaves out what was not given: --resume must tell it from a default.
-        parser.add_argument(f"--{option.name.replace('_', '-')}", type=option.type,
-                            metavar=option.type.__name__, default=argparse.SUPPRESS,
+        name = f"--{option.name.replace('_', '-')}"
+        if option.type is bool:
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS,
+                                help=option.metadata["help"])
+            continue
+        parser.add_argument(name, type=option.type, metavar=option.type.__name__,
+                            default=argparse.SUPPRESS,
                             help=f"{option.metadata['help']} (default: {option.default})")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, with the options that it began with")

@@ -239,25 +239,33 @@ class UNet(nn.Module):
     heads        attention heads at the smallest size
     groups       groups of every GroupNorm
     size         side of the images; others can be given, see Halve
+    classes      number of classes that the images may have labels of; 0 for images without labels
 
-    The defaults make 324,705 parameters. Other choices work too; a model file remembers them.
+    The defaults make 324,705 parameters, and ten classes 200 more. Other choices work too; a model
+    file remembers them.
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, channels: tuple[int, ...] = (32, 32, 48),
                  blocks: tuple[int, ...] = (1, 1, 2), embedding: int = 80, time_hidden: int = 90,
-                 time_width: int = 20, heads: int = 4, groups: int = 8, size: int = 28):
+                 time_width: int = 20, heads: int = 4, groups: int = 8, size: int = 28,
+                 classes: int = 0):
         super().__init__()
-        check_sizes(channels, blocks, embedding, heads, groups, size)
+        check_sizes(channels, blocks, embedding, heads, groups, size, classes)
         # What a model file needs to build this network again.
         self.config = dict(channels=list(channels), blocks=list(blocks), embedding=embedding,
                            time_hidden=time_hidden, time_width=time_width, heads=heads,
-                           groups=groups, size=size)
+                           groups=groups, size=size, classes=classes)
 
         # A two-layer perceptron turns the sinusoids into what the blocks need to know about t.
         self.time_mlp = nn.Sequential(
             nn.Linear(embedding, time_hidden), nn.SiLU(),
             nn.Linear(time_hidden, time_width), nn.SiLU())
+
+        # A row for each class, which is added to the time features: label c says "draw what class c
+        # has in common" to every block. The table starts at zero, as if there were no labels.
+        if classes > 0:
+            self.table = nn.Parameter(torch.zeros(classes, time_width))
 
         # The first convolution turns one grey channel into many.
         self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
@@ -296,13 +304,17 @@ class UNet(nn.Module):
         # Two numbers, computed from t, for the shortcut from x_t to the output.
         self.gain = zero(nn.Linear(time_width, 2))
 
-    def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, xt: torch.Tensor, t: torch.Tensor,
+                label: torch.Tensor | None = None) -> torch.Tensor:
         """Guess the noise in a batch of noisy images.
 
-        xt  (B, 1, H, W) noisy images; H and W multiples of 4, 28 for MNIST
-        t   (B,) integers in 1..T, the noise level of each image
+        xt     (B, 1, H, W) noisy images; H and W multiples of 4, 28 for MNIST
+        t      (B,) integers in 1..T, the noise level of each image
+        label  (B,) integers, the class of each image, 0..classes-1, or -1 if it is not told; None
+               tells none
 
-        Returns ε_θ, (B, 1, H, W). Raises ValueError for shapes that do not fit.
+        Returns ε_θ, (B, 1, H, W). Raises ValueError for shapes that do not fit, and for labels that
+        the network has no table for; IndexError for a label out of range.
         """
         step = 2 ** len(self.down)  # the image is halved this many times
         if xt.dim() != 4 or xt.shape[1] != 1 or xt.shape[2] % step or xt.shape[3] % step:
@@ -310,10 +322,19 @@ class UNet(nn.Module):
                              f"not {tuple(xt.shape)}")
         if t.shape != xt.shape[:1]:
             raise ValueError(f"t must be ({len(xt)},), one for each image, not {tuple(t.shape)}")
+        if label is not None and label.shape != t.shape:
+            raise ValueError(f"label must be ({len(xt)},), one for each image, "
+                             f"not {tuple(label.shape)}")
+        if label is not None and self.config["classes"] == 0:
+            raise ValueError("this network knows no labels; build it with classes=10, say")
 
-        # Tell the network t.
+        # Tell the network t, and what is known of the class. A row of zeros stands in front of the
+        # table, so that -1, no label, adds nothing.
         embedding = timestep_embedding(t, self.config["embedding"]).to(xt.dtype)
         time = self.time_mlp(embedding)  # (B, time_width)
+        if label is not None:
+            with_none = F.pad(self.table, (0, 0, 1, 0))  # (1 + classes, time_width)
+            time = time + F.embedding(label + 1, with_none)
 
         # The way down. The shapes are those of the default network.
         x = self.stem(xt)  # (B, 32, 28, 28)
@@ -348,7 +369,8 @@ class UNet(nn.Module):
 # Below this line is plumbing: sizes that do not fit, the device, and the table.
 # =========================================================================================
 
-def check_sizes(channels, blocks, embedding: int, heads: int, groups: int, size: int) -> None:
+def check_sizes(channels, blocks, embedding: int, heads: int, groups: int, size: int,
+                classes: int) -> None:
     """Raise ValueError if the arguments of UNet do not fit together."""
     if len(blocks) != len(channels):
         raise ValueError("channels and blocks need one number for each resolution, "
@@ -363,6 +385,8 @@ def check_sizes(channels, blocks, embedding: int, heads: int, groups: int, size:
         raise ValueError(f"size must halve {halvings} times, which {size} does not")
     if embedding % 2 or embedding < 4:
         raise ValueError(f"embedding must be even and at least 4, not {embedding}")
+    if classes < 0:
+        raise ValueError(f"classes must be a number of classes, or 0 for none, not {classes}")
 
 
 def pick_device(name: str) -> torch.device:
