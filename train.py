@@ -387,7 +387,7 @@ def train(config: Config, resume: bool = False,
     """Train a network, and write its files into config.out (see the top of this file).
 
     resume         go on from last.pt in config.out, bit for bit as if the run had never stopped
-    images         training and held-out images, uint8 (N, 1, H, W); None reads config.dataset
+    images         training and held-out images, uint8 (N, 1, H, H); None reads config.dataset
     network        builds the network: network(size=28), or network(**model.config) on resuming
     draw_t         draws the noise levels of a batch, in place of draw_t above
     learning_rate  gives the learning rate of a step, in place of learning_rate above
@@ -669,7 +669,7 @@ def split_images(config: Config, images: tuple[torch.Tensor, torch.Tensor] | Non
 
     images  both parts before config.images and config.val_images are applied; None reads them
 
-    Raises ValueError if there are too few or they are no bytes, OSError as load_images does.
+    Raises ValueError if there are too few or they are not bytes, OSError as load_images does.
     """
     # Read the training images and the test images. Only a process that is alone may download:
     # several would write the same files at once.
@@ -682,6 +682,8 @@ def split_images(config: Config, images: tuple[torch.Tensor, torch.Tensor] | Non
         training, held_out = images
         for part in images:
             check_images(part, "the images given")
+        if training.shape[1:] != held_out.shape[1:]:
+            raise ValueError("training and held-out images differ in size")
 
     # Hold out training images instead of the test images, to choose hyper-parameters by.
     if config.val_images:
@@ -733,8 +735,8 @@ def check_images(images: torch.Tensor, source: str) -> None:
     They must be uint8 (N, C, H, H), not all the same, and almost none of them blank.
     """
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"{source} must be bytes, uint8 (N, 1, H, H), not {images.dtype} "
-                         f"{tuple(images.shape)}")
+        raise ValueError(f"{source} must be a tensor of bytes, torch.uint8 (N, 1, H, H), not "
+                         f"{images.dtype} {tuple(images.shape)}")
     if len(images) < 2:
         return
 
@@ -780,11 +782,11 @@ def images_of_mnist(data: str | Path, train: bool, dataset: str,
 
     # Find the files, or download them.
     if not all((raw / name).exists() for name in names):
-        reason = reason_not_to_download(data, kind.__name__)
-        if not reason and not download:
-            reason = "only a process that is alone downloads it"
-        if not reason:
+        refuse_foreign_folder(data, kind.__name__)
+        if download:
             reason = failure_of_download(kind, data)
+        else:
+            reason = "only a process that is alone downloads it"
         if reason:
             raise FileNotFoundError(
                 f"no {kind.__name__} in {raw}: {reason}; put there, unpacked, {', '.join(names)} "
@@ -801,22 +803,27 @@ def images_of_mnist(data: str | Path, train: bool, dataset: str,
     return part.data[:, None], part.targets
 
 
-def reason_not_to_download(data: str | Path, name: str) -> str:
-    """Why the data set of this name should not be written into a folder; empty if it may."""
+def refuse_foreign_folder(data: str | Path, name: str) -> None:
+    """Raise FileNotFoundError if the data set of this name should not be written into a folder."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
     folder = Path(data)
     if folder.resolve() == Path(Config.data).resolve():
-        return ""
+        return
     if not folder.is_dir():
-        return f"there is no folder {data}"
+        raise FileNotFoundError(f"no {name}: there is no folder {data}")
+
+    # Look for images as deep as DATA/train/CLASS/*.
     for pattern in ("*", "*/*", "*/*/*"):
         for path in folder.glob(pattern):
             if path.suffix.lower() in IMG_EXTENSIONS:
-                return f"{data} holds image files; to learn these, add --dataset folder"
+                raise FileNotFoundError(f"no {name} in {data}, but image files; to learn these, "
+                                        "add --dataset folder")
+
+    # Look for anything else.
     entries = {path.name for path in folder.iterdir()}
     if entries and entries.isdisjoint({"MNIST", "FashionMNIST", "KMNIST"}):
-        return f"{data} holds other files, so {name} is not downloaded into it"
-    return ""
+        raise FileNotFoundError(f"no {name} in {folder / name / 'raw'}, and it is not downloaded "
+                                "among other files; name an empty folder or leave out --data")
 
 
 def failure_of_download(kind: type, data: str | Path) -> str:
@@ -828,7 +835,7 @@ def failure_of_download(kind: type, data: str | Path) -> str:
             kind(data, download=True)
         return ""
     except Exception as error:  # torchvision raises many kinds
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         return f"the download failed ({reason})"
     finally:
         for folder in new:  # the innermost first
@@ -861,6 +868,8 @@ HELD_OUT_NAMES = ("test", "testing", "val", "valid", "validation")
 
 def folders_of_images(data: str | Path) -> list:
     """DATA/CLASS/* as one ImageFolder of torchvision, or DATA/train/CLASS/* and DATA/test/CLASS/*.
+
+    Other names of the two are listed above; of several, the first that exists counts.
 
     Raises FileNotFoundError if a class has no image, ValueError if the classes of the two differ.
     """
