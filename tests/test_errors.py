@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from hashlib import sha256
 from pathlib import Path
 from urllib.error import URLError
@@ -112,7 +113,22 @@ def place(tmp_path_factory, tiny_run):
     (place / "images" / "a").mkdir(parents=True)
     (place / "images" / "a" / "x.png").write_bytes(b"no image")
     (place / "one" / "a").mkdir(parents=True)
-    Image.new("L", (28, 28)).save(place / "one" / "a" / "x.png")
+    picture = Image.fromarray(pictures(1)[0, 0].numpy())
+    picture.save(place / "one" / "a" / "x.png")
+
+    # Images of which many are blank, as a copy that broke off leaves them, or all are alike.
+    half_blank = pictures(16)
+    half_blank[8:] = 0
+    write_mnist(place / "half_blank", half_blank, labels)
+    write_mnist(place / "alike", pictures(1).repeat(16, 1, 1, 1), labels)
+
+    # Folders of images: one file broken off among good ones, and parts with other classes.
+    for name in ("good/a", "cut_png/a", "parts/train/a", "parts/train/b", "parts/test/a"):
+        (place / name).mkdir(parents=True)
+        for i in range(3):
+            picture.save(place / name / f"{i}.png")
+    whole = (place / "cut_png" / "a" / "1.png").read_bytes()
+    (place / "cut_png" / "a" / "1.png").write_bytes(whole[:len(whole) // 2])
     return place
 
 
@@ -139,6 +155,7 @@ TABLE = [
     ("train", "--device cuda:99", 2, "cuda"),
     ("train", "--images -1", 2, "images must be between"),
     ("train", "--val-images -1", 2, "val_images must be between"),
+    ("train", "--dataset folder", 2, "name the folder of your images by --data"),
     ("train", "--colour", 2, "unrecognized arguments: --colour"),
     ("sample", "--seeds x", 2, "'x' is not a seed or a range such as 0-31"),
     ("sample", "--seeds 3-1", 2, "'3-1' is not a seed"),
@@ -168,12 +185,24 @@ TABLE = [
     ("train", "--data {p}/empty --dataset fashion", 1, "no FashionMNIST in"),
     *[("train", f"--data {{p}}/{name}", 1, "is damaged")
       for name in ("cut", "none", "html", "float", "zeros", "dims", "few")],
+    *[("train", f"--data {{p}}/nowhere {dataset}", 1, "there is no folder {p}/nowhere")
+      for dataset in ("", "--dataset mnist", "--dataset kmnist")],
+    ("train", "--data {p}/dirs", 1, "no MNIST in {p}/dirs/MNIST/raw, and it is not downloaded"),
+    *[("train", f"--data {{p}}/{name}", 1,
+       f"no MNIST in {{p}}/{name}, but image files; to learn these, add --dataset folder")
+      for name in ("good", "good/a", "parts")],
+    ("train", "--data {p}/half_blank", 1, "8 of the training images in {p}/half_blank (16) are bl"),
+    ("train", "--data {p}/alike", 1, "the training images in {p}/alike are all alike"),
     ("train", f"--data {{p}}/odd {BATCH}", 1, "size must halve 2 times"),
     ("train", "--data {p}/mnist --batch-size 17", 1, "too few for batches of 17"),
     ("train", "--data {p}/mnist --val-images 16", 1, "too few for batches"),
     ("train", "--data {p}/void --dataset folder", 1, "class folder"),
     ("train", "--data {p}/nowhere --dataset folder", 1, "nowhere"),
     ("train", "--data {p}/images --dataset folder", 1, "cannot identify image"),
+    ("train", "--data {p}/cut_png --dataset folder", 1, "cannot read {p}/cut_png/a/1.png (image"),
+    ("train", "--data {p}/parts --dataset folder", 1,
+     "{p}/parts/train and {p}/parts/test must have the same classes; one of them lacks b"),
+    ("train", "--data {p}/mnist --dataset folder", 1, "a folder of images for each class"),
     ("train", f"--data {{p}}/one --dataset folder {BATCH}", 1, "too few for batches of 8"),
     ("plots", "bits --checkpoint {p}/good.pt", 1, "not measured beside {p}/good.pt: bits"),
     # Model files that are missing, damaged, foreign or of another network.
@@ -216,9 +245,11 @@ COMMANDS = [row for row in TABLE if row[1] in (
 
 
 def contents(folder: Path) -> str:
-    """A fingerprint of all files in a folder."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return " ".join(f"{f.name}:{sha256(f.read_bytes()).hexdigest()[:8]}" for f in files)
+    """A fingerprint of all files in a folder, and the names of the folders in it."""
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()]
+    folders = [path.name for path in paths if path.is_dir()]
+    return " ".join([f"{f.name}:{sha256(f.read_bytes()).hexdigest()[:8]}" for f in files] + folders)
 
 
 def check(status, err: str, row, place) -> None:
@@ -429,21 +460,31 @@ def test_second_signal_acts_at_once(number, status, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as exit_:
         train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run")])
     assert exit_.value.code == status and noted == [number]
-    assert signal.getsignal(number) is handler and not (tmp_path / "run").exists()
+    assert signal.getsignal(number) is handler and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------ the built-in digits
 
+def move_default_folder(monkeypatch, data: Path) -> None:
+    """Let --data have another default than the folder of the project."""
+    field = ("data", str, train.option(str(data), "as in Config"))
+    moved = make_dataclass("Config", [field], bases=(train.Config,))
+    monkeypatch.setattr(train, "Config", moved)
+
+
 def test_without_mnist_the_builtin_digits_are_learned(monkeypatch, tmp_path, capsys):
-    """Without MNIST and without a network the command takes the built-in digits. It says so before
-    and after training, and it does not show the blog's losses, which are those of MNIST.
+    """Without MNIST and without a network the command takes the built-in digits, if it names
+    neither a folder nor a data set. It says so before and after training, and it does not show the
+    blog's losses, which are those of MNIST. The download that failed leaves no folder behind.
     """
     no_network(monkeypatch)
-    train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--device", "cpu",
+    move_default_folder(monkeypatch, tmp_path / "data")
+    train.main(["--out", str(tmp_path / "run"), "--device", "cpu",
                 "--images", "16", "--val-images", "8", "--batch-size", "8", "--epochs", "1"],
                network=little)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"looking for MNIST in {tmp_path}" and len(lines) == 6
+    assert lines[0] == f"looking for MNIST in {tmp_path / 'data'}" and len(lines) == 6
+    assert not (tmp_path / "data").exists()
     assert "these are built-in digits" in lines[1] and lines[-2] == lines[1]
     assert lines[2] == f"built-in digits, on cpu, into {tmp_path / 'run'}"
     assert lines[-1].startswith("done; now type") and "blog" not in "".join(lines)
@@ -452,18 +493,47 @@ def test_without_mnist_the_builtin_digits_are_learned(monkeypatch, tmp_path, cap
 
 def test_builtin_digits_have_a_folder_of_their_own(monkeypatch, tmp_path, capsys):
     """A run with them goes into runs/builtin, so that a run with MNIST can follow, and keeps the
-    other options. If MNIST was named, nothing else takes its place.
+    other options. If MNIST or a folder was named, nothing else takes its place.
     """
     no_network(monkeypatch)
-    given = {"data": str(tmp_path), "images": 16, "epochs": 2}
+    move_default_folder(monkeypatch, tmp_path / "data")
+    given = {"images": 16, "epochs": 2}
     config, notice = train.with_builtin_digits_if_needed(train.Config(**given), given)
     assert config == train.Config(dataset="builtin", **given)
     assert config.out == str(HERE / "runs" / "builtin-16") and config.images == 16
     assert notice in capsys.readouterr().out and "built-in digits" in notice
     assert train.Config(**given).out == str(HERE / "runs" / "mnist-16")
-    named = given | {"dataset": "mnist"}
-    config, notice = train.with_builtin_digits_if_needed(train.Config(**named), named)
-    assert config == train.Config(**named) and notice == "" == capsys.readouterr().out
+    for name, value in (("dataset", "mnist"), ("data", str(tmp_path))):
+        named = given | {name: value}
+        config, notice = train.with_builtin_digits_if_needed(train.Config(**named), named)
+        assert config == train.Config(**named) and notice == "" == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, allowed", [
+    ((), True), (("MNIST",), True), (("KMNIST", "notes"), True),
+    (("notes",), False), (("a", "a/x.jpg"), False), (("MNIST", "x.PNG"), False)])
+def test_only_a_folder_of_ours_is_downloaded_into(content, allowed, tmp_path, monkeypatch):
+    """A named folder is downloaded into if it is empty or holds one of the data sets, but not if it
+    holds other things or images. A download that fails leaves it as it was.
+    """
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in content:
+        if "." in name:
+            (data / name).write_bytes(b"image")
+        else:
+            (data / name).mkdir()
+    written = contents(data)
+    asked = []
+
+    def refuse(url, *args, **kwargs):
+        asked.append(url)
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
+    with pytest.raises(FileNotFoundError, match="the download failed" if allowed else "files"):
+        train.load_images(data)
+    assert bool(asked) == allowed and contents(data) == written
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -495,6 +565,28 @@ def test_second_signal_of_torchrun_is_not_obeyed_at_once(place, tmp_path, monkey
     assert exit_.value.code == 143 and "stopped at step 2" in capsys.readouterr().err
     assert len(load_checkpoint(tmp_path / "last.pt").history["step_loss"]) == 2
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("options, status", [
+    ("--epochs 0", 2), ("--epochs many", 2), ("--batch-size 17", 1), ("--out {p}/run", 1)])
+def test_one_of_several_processes_complains(options, status, place, tmp_path, monkeypatch, capsys):
+    """What fails in the same way in all processes is told by the first process of a machine. The
+    others end with the same status and say nothing.
+    """
+    messages = []
+    for local_rank in (0, 1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for name, value in (("RANK", 0), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 1),
+                            ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit) as exit_:
+            train.main(command(place, tmp_path, *options.format(p=place).split()), network=little)
+        text = exit_.value.code if isinstance(exit_.value.code, str) else ""
+        assert (1 if text else exit_.value.code) == status
+        messages.append(capsys.readouterr().err + text)
+    assert len(messages[0].splitlines()) == 1 and messages[1] == ""
 
 
 @pytest.mark.slow
