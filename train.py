@@ -438,9 +438,9 @@ def train(config: Config, resume: bool = False,
 
     Returns the history: lists "loss", "held_out" and "seconds" with a number for each epoch, and
     "step_loss" with a number for each step. With labels, "held_out" is the loss when every label is
-    told, and the list "held_out_untold" has the loss when none is. Raises ValueError if the options, the images and the
-    files do not fit together, OSError if a file cannot be read or written, FloatingPointError if
-    the loss is no longer finite, RuntimeError if the device fails.
+    told, and the list "held_out_untold" has the loss when none is. Raises ValueError if the
+    options, the images and the files do not fit together, OSError if a file cannot be read or
+    written, FloatingPointError if the loss is no longer finite, RuntimeError if the device fails.
     """
     run, training, held_out = set_up(config, resume, images, network, draw_t, learning_rate)
 
