@@ -46,13 +46,14 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from schedule import KINDS, NoiseSchedule, Parser
+if sys.flags.safe_path:  # python -P does not look into the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from schedule import KINDS, NoiseSchedule, Parser, advice_for_command_line, forgiving_output
 from unet import UNet, pick_device, prepare_device
 
 HERE = Path(__file__).resolve().parent
@@ -266,7 +270,7 @@ def training_step(run: "Run", x0: torch.Tensor) -> torch.Tensor:
     t = run.draw_t(len(x0), run.schedule.T, run.generator)
 
     # Line 4: draw the noise. All of it comes from the CPU, so every device sees the same noise.
-    eps = torch.randn(x0.shape, generator=run.generator)
+    eps = torch.randn(x0.shape, generator=run.generator, dtype=x0.dtype)
     x0, t, eps = own_share(x0, t, eps)  # the whole batch, unless several processes share it
 
     # Line 5: add the noise to the images, ask the network what the noise was, and move the weights
@@ -356,7 +360,8 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
     T; otherwise small t count a little more.
     """
     # Prepare the same noise and the same t every time.
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32)
     levels = 1 + torch.arange(len(images)) % schedule.T
     device = next(model.parameters()).device
     was_training = model.training
@@ -461,7 +466,7 @@ class Run:
         prepare_device(self.device)
 
         # The initial weights come from torch's global generator, which is put back as it was.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), float32_by_default():
             torch.default_generator.manual_seed(config.seed)
             self.model = network(**sizes).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
@@ -643,6 +648,20 @@ def report(run: Run) -> None:
         print(line, flush=True)
 
 
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make new numbers of 32 bits, even if the caller has told torch to make others by default.
+
+    Also a decorator. Random numbers of another size would have other values, not only more digits.
+    """
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
 # ------------------------------------------------------------------------------ the images
 #
 # To train on 32x32 colour images, such as CIFAR-10, change
@@ -760,6 +779,7 @@ def read_glyphs() -> torch.Tensor:
         return rearrange(to_tensor(picture), "1 (font h) (digit w) -> font digit 1 h w", h=28, w=28)
 
 
+@float32_by_default()
 def builtin_digits(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Digits for machines without MNIST: printed numerals, bent a little, to look like MNIST.
 
@@ -837,18 +857,41 @@ def load_checkpoint(path: str | Path, network: Callable[..., torch.nn.Module] = 
         raise ValueError(f"{path} is damaged, or no model file of ours; train anew") from error
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a file beside the old one, which it replaces only when it is complete."""
+@contextmanager
+def replacement_of(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside the old one, which it replaces only when it is complete.
+
+    Raises OSError if it cannot be written; then it is removed, and the old one is as it was.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file)  # now it is on the disk, not only on its way there
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch turns the first into the second
-        part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error}); what was there is kept") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()  # it is still there if something went wrong
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a model file, see replacement_of."""
+    with replacement_of(path) as file:
+        torch.save(state, file)
+
+
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Make a folder for files, if there is none. Raises OSError if one cannot write into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"no folder {folder} can be made ({error.strerror}); "
+                      f"name another place by {option}") from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"you may not write into {folder}; name another place by {option}")
 
 
 def save_run(run: Run) -> None:
@@ -856,7 +899,7 @@ def save_run(run: Run) -> None:
     if not is_first_process():
         return
     out = Path(run.config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     state = run.state_dict()
     run.check_finite(sum(weight.sum().item() for weight in state["average"].values()))
     model = {name: state[name] for name in ("config", "network", "history", "betas", "average")}
@@ -935,23 +978,77 @@ def joined_processes(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Collect SIGINT (Ctrl-C) and SIGTERM in a list, so that no step is cut in two.
+    """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) in a list, so that no step is
+    cut in two.
 
-    A second signal ends the program at once, unless torchrun is in charge, which always sends two.
+    A second signal ends the program at once, unless it comes twice by itself: torchrun always sends
+    two, and of a closing terminal both the system and the shell may send SIGHUP. A signal that is
+    ignored, as nohup does with SIGHUP, stays ignored. Outside the main thread Python allows no
+    handlers, and the list stays empty.
     """
     signals = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
 
     def note(number, frame):
-        if signals and not dist.is_initialized():
+        if signals and number != hangup and not dist.is_initialized():
             sys.exit(128 + number)
         signals.append(number)
 
-    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {}
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            usual[number] = signal.signal(number, note)
     try:
         yield signals
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, and keep other runs out of it for the time being.
+
+    The lock belongs to an open file, so it ends with the process, however that ends. It is the
+    first process of a run that holds it. Raises OSError if another run does.
+    """
+    if not is_first_process():
+        yield
+        return
+    is_new = not folder.exists()
+    make_folder(folder)
+    lock = take_lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+        if is_new:
+            with suppress(OSError):  # it is not empty, unless the run has failed before its start
+                folder.rmdir()
+
+
+def take_lock(folder: Path) -> int:
+    """Lock a folder for as long as the file of the returned number is open."""
+    windows = sys.platform == "win32"  # which locks no folders, so a file in it is locked
+    lock = os.open(folder / "lock", os.O_CREAT) if windows else os.open(folder, os.O_RDONLY)
+    try:
+        if windows:
+            import msvcrt
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # Linux and macOS, Windows
+        os.close(lock)
+        raise OSError(f"another process is training into {folder}; wait until it has finished, or "
+                      "name another folder by --out") from error
+    except OSError:
+        pass  # some network drives know no locks; better to train without one than not at all
+    return lock
 
 
 # ------------------------------------------------------------ options and the command line
@@ -987,8 +1084,10 @@ def make_parser() -> Parser:
     """An option for each field of Config, and --resume and --quick."""
     parser = Parser(description="Train a diffusion model on images of digits.")
     for option in fields(Config):
+        # A shell leaves the ~ of --out=~/run as it is.
+        kind = os.path.expanduser if option.name in ("data", "out") else option.type
         # SUPPRESS leaves out what was not given: --resume must tell it from a default.
-        parser.add_argument(f"--{option.name.replace('_', '-')}", type=option.type,
+        parser.add_argument(f"--{option.name.replace('_', '-')}", type=kind,
                             metavar=option.type.__name__, default=argparse.SUPPRESS,
                             help=f"{option.metadata['help']} (default: {option.default})")
     parser.add_argument("--resume", action="store_true",
@@ -1022,6 +1121,7 @@ def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, 
         return Config(**given, dataset="builtin"), notice
 
 
+@forgiving_output()
 def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None = None,
          **seams) -> None:
     """The command line. after_step, network, draw_t and learning_rate are passed on to train()."""
@@ -1034,10 +1134,13 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
     try:
         config = Config(**given)
         device = pick_device(config.device)
-        if not resume:
-            NoiseSchedule(config.T, config.schedule)  # raises with advice of its own
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    try:
+        if not resume:
+            NoiseSchedule(config.T, config.schedule)
+    except ValueError as error:
+        parser.error(advice_for_command_line(error, "--schedule"))
 
     # Train. A signal only asks the run to stop after the step under way.
     try:
@@ -1051,7 +1154,8 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
                 config = options_of_saved_run(config, given, seams.get("network", UNet))
             else:
                 config, notice = with_builtin_digits_if_needed(config, given)
-            history = train(config, resume, after_step=stop_after_step, **seams)
+            with locked(Path(config.out)):
+                history = train(config, resume, after_step=stop_after_step, **seams)
 
             # Say what comes next.
             stopped = len(history["loss"]) < config.epochs

@@ -130,7 +130,8 @@ TABLE = [
     ("train", "--ema 1", 2, "ema must be between"),
     ("train", "--clip 0", 2, "clip must be between"),
     ("train", "--T 1", 2, "T must be between 2"),
-    ("train", "--T 100", 2, "more steps"),
+    *[("train", f"--T {T}", 2, "give another --T (1000 is usual) or --schedule cosine")
+      for T in (2, 100, 200_000)],
     ("train", "--seed x", 2, "invalid int value: 'x'"),
     ("train", "--seed -1", 2, "seed must be between 0"),
     ("train", "--schedule square", 2, "known are linear, cosine"),
@@ -161,6 +162,7 @@ TABLE = [
     ("plots", "loss --device abacus", 2, "here: auto, "),
     *[(name, "--device cpu:x", 2, "cpu:x") for name in ("train", "sample", "plots")],
     ("schedule", "--T 1", 2, "at least 2 steps"),
+    ("schedule", "--T 100", 2, "give another --T (1000 is usual) or --kind cosine"),
     ("schedule", "--kind square", 2, "choose from"),
     # Data that is missing, damaged or does not fit.
     ("train", "--data {p}/empty --dataset mnist", 1, "train-images-idx3-ubyte"),
@@ -199,6 +201,13 @@ TABLE = [
     # Folders and files that cannot be written.
     ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/file", 1, "file"),
     ("train", f"--data {{p}}/mnist {BATCH} --out /proc/nowhere", 1, "/proc/nowhere"),
+    ("train", f"--data {{p}}/mnist {BATCH} --out /proc/nowhere", 1, "name another place by --out"),
+    ("sample", "--checkpoint {p}/good.pt --out /proc/nowhere/a.png", 1,
+     "name another place by --out"),
+    ("sample", "--checkpoint {p}/good.pt --gif /proc/nowhere/a.gif", 1,
+     "name another place by --gif"),
+    ("plots", "loss --checkpoint {p}/good.pt --out /proc/nowhere", 1,
+     "name another place by --out"),
     ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/dirs", 1, "holds a run; go on by --resume"),
     ("sample", "--checkpoint {p}/good.pt --out {p}/file/a.png", 1, "{p}/file"),
     ("sample", "--checkpoint {p}/good.pt --gif {p}/dirs.gif", 1, "dirs.gif"),
@@ -232,7 +241,7 @@ def check(status, err: str, row, place) -> None:
 def test_one_line_and_nothing_written(row, place, tmp_path, monkeypatch, capsys):
     """One line on standard error, the exit status of the table, and no file new or changed."""
     name = row[0]
-    argv = row[1].format(p=place).split()
+    argv = [word.format(p=place) for word in row[1].split()]  # {p} may contain a space
     no_network(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
@@ -258,7 +267,7 @@ def test_one_line_and_nothing_written(row, place, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("row", COMMANDS, ids=lambda row: f"{row[0]} {row[1]}")
 def test_the_same_as_real_commands(row, place, tmp_path):
     """Six rows of the table as a user would type them."""
-    argv = row[1].format(p=place).split()
+    argv = [word.format(p=place) for word in row[1].split()]  # {p} may contain a space
     done = subprocess.run([sys.executable, str(HERE / f"{row[0]}.py"), *argv], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     check(done.returncode, done.stderr, row, place)
