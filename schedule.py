@@ -413,8 +413,9 @@ class Output:
 @contextmanager
 def forgiving_output() -> Iterator[None]:
     """Let nothing that is printed stop a script; see Output. Also a decorator for main()."""
-    # Number 2 belongs to standard error, and C libraries write to it. If it is closed, the next
-    # file that is opened, a model file say, would get the number and what they write.
+    # C libraries write their messages to file 2, whatever it is. If standard error is closed, the
+    # next file that is opened, perhaps a model file, gets this number, and the messages. So take up
+    # the numbers 0 to 2 first, if they are free.
     number = 0
     while number <= 2:
         number = os.open(os.devnull, os.O_RDWR)

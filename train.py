@@ -25,11 +25,11 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
                  network that guides the finished one in sample.py --guidance
 
 The first three are written at the end of each epoch, the first two also after the very first step
-and together with early.pt. Ctrl-C finishes the step under way and writes the first two. An epoch
-(one pass over the images) prints one line: its training loss, the loss on images that are held out
-(the test images, unless --val-images is given), and beside them the training loss that the blog
-"Deconstructing Diffusion Models", whose figures these five scripts redraw, published for this
-epoch.
+and together with early.pt. After Ctrl-C, or if the terminal is closed, the step under way is
+finished and the first two are written. An epoch (one pass over the images) prints one line: its
+training loss, the loss on images that are held out (the test images, unless --val-images is given),
+and beside them the training loss that the blog "Deconstructing Diffusion Models", whose figures
+these five scripts redraw, published for this epoch.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
@@ -650,9 +650,9 @@ def report(run: Run) -> None:
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Make new numbers of 32 bits, even if the caller has told torch to make others by default.
+    """Let torch create float32 tensors, whatever default dtype the caller has set.
 
-    Also a decorator. Random numbers of another size would have other values, not only more digits.
+    Also a decorator. Random numbers drawn in float64 would have other values, not only more digits.
     """
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -978,13 +978,12 @@ def joined_processes(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) in a list, so that no step is
-    cut in two.
+    """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP in a list, so that no step is cut in two.
 
-    A second signal ends the program at once, unless it comes twice by itself: torchrun always sends
-    two, and of a closing terminal both the system and the shell may send SIGHUP. A signal that is
-    ignored, as nohup does with SIGHUP, stays ignored. Outside the main thread Python allows no
-    handlers, and the list stays empty.
+    A second signal ends the program at once, with two exceptions: torchrun sends every signal
+    twice, and when a terminal is closed, SIGHUP may come from the system and from the shell. A
+    signal that is ignored, as SIGHUP is under nohup, stays ignored. Outside the main thread Python
+    does not allow signal handlers, and the list stays empty.
     """
     signals = []
     if threading.current_thread() is not threading.main_thread():
@@ -1011,10 +1010,10 @@ def noted_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder of a run, and keep other runs out of it for the time being.
+    """Make the folder of a run, and keep other runs out of it while this one goes on.
 
-    The lock belongs to an open file, so it ends with the process, however that ends. It is the
-    first process of a run that holds it. Raises OSError if another run does.
+    The system releases the lock when the process ends, even if it is killed. If a run has several
+    processes, the first one holds the lock. Raises OSError if another run does.
     """
     if not is_first_process():
         yield
@@ -1025,15 +1024,15 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(lock)
         if is_new:
-            with suppress(OSError):  # it is not empty, unless the run has failed before its start
+            with suppress(OSError):  # if the run has failed before its first step, it is empty
                 folder.rmdir()
+        os.close(lock)
 
 
 def take_lock(folder: Path) -> int:
-    """Lock a folder for as long as the file of the returned number is open."""
-    windows = sys.platform == "win32"  # which locks no folders, so a file in it is locked
+    """Lock a folder until the returned file descriptor is closed. Raises OSError, see locked."""
+    windows = sys.platform == "win32"  # it cannot lock a folder, so a file in it is locked
     lock = os.open(folder / "lock", os.O_CREAT) if windows else os.open(folder, os.O_RDONLY)
     try:
         if windows:
