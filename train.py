@@ -27,12 +27,13 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
                  network that guides the finished one in sample.py --guidance
 
 The first three are written at the end of each epoch, the first two also after the very first step
-and together with early.pt. Ctrl-C finishes the step under way and writes the first two. An epoch
-(one pass over the images) prints one line: its training loss, the loss on images that are held out
-(the test images, unless --val-images is given), and beside them the training loss that the blog
-"Deconstructing Diffusion Models", whose figures these five scripts redraw, published for this
-epoch. With --labels, which goes into runs/mnist-labels/, the loss on held-out images is measured
-twice: with every label told to the network, and with none.
+and together with early.pt. After Ctrl-C, or if the terminal is closed, the step under way is
+finished and the first two are written. An epoch (one pass over the images) prints one line: its
+training loss, the loss on images that are held out (the test images, unless --val-images is given),
+and beside them the training loss that the blog "Deconstructing Diffusion Models", whose figures
+these five scripts redraw, published for this epoch. With --labels, which goes into
+runs/mnist-labels/, the loss on held-out images is measured twice: with every label told to the
+network, and with none.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
@@ -49,13 +50,14 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,7 +65,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from schedule import KINDS, NoiseSchedule, Parser
+if sys.flags.safe_path:  # python -P does not look into the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from schedule import KINDS, NoiseSchedule, Parser, advice_for_command_line, forgiving_output
 from unet import UNet, pick_device, prepare_device
 
 HERE = Path(__file__).resolve().parent
@@ -278,7 +283,7 @@ def training_step(run: "Run", x0: torch.Tensor,
     t = run.draw_t(len(x0), run.schedule.T, run.generator)
 
     # Line 4: draw the noise. All of it comes from the CPU, so every device sees the same noise.
-    eps = torch.randn(x0.shape, generator=run.generator)
+    eps = torch.randn(x0.shape, generator=run.generator, dtype=x0.dtype)
 
     # With --labels: keep the label of some images from the network.
     if label is not None:
@@ -311,7 +316,7 @@ def drop_labels(label: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     # (sample.py, section 8) needs both answers, so the network has to practise both. Whether to
     # drop a label is drawn for each image, not once for the whole batch, so the gradient of every
     # step is an average over images of both kinds.
-    dropped = torch.rand(label.shape, generator=generator) < DROPPED
+    dropped = torch.rand(label.shape, generator=generator, dtype=torch.float32) < DROPPED
     return torch.where(dropped, -1, label)
 
 
@@ -394,7 +399,8 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
     T; otherwise small t count a little more.
     """
     # Prepare the same noise and the same t every time.
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32)
     levels = 1 + torch.arange(len(images)) % schedule.T
     device = next(model.parameters()).device
     was_training = model.training
@@ -508,7 +514,7 @@ class Run:
         prepare_device(self.device)
 
         # The initial weights come from torch's global generator, which is put back as it was.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), float32_by_default():
             torch.default_generator.manual_seed(config.seed)
             self.model = network(**sizes).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
@@ -709,6 +715,20 @@ def report(run: Run) -> None:
         line += f"   blog's loss {BLOG_LOSS[run.epoch - 1]:.4f}"
     with tqdm.external_write_mode():  # so that the progress bar stays below the line
         print(line, flush=True)
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Let torch create float32 tensors, whatever default dtype the caller has set.
+
+    Also a decorator. Random numbers drawn in float64 would have other values, not only more digits.
+    """
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 # ------------------------------------------------------------------------------ the images
@@ -1063,6 +1083,7 @@ def read_glyphs() -> torch.Tensor:
         return rearrange(to_tensor(picture), "1 (font h) (digit w) -> font digit 1 h w", h=28, w=28)
 
 
+@float32_by_default()
 def builtin_digits(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Digits for machines without MNIST: printed numerals, bent a little, to look like MNIST.
 
@@ -1142,18 +1163,41 @@ def load_checkpoint(path: str | Path, network: Callable[..., torch.nn.Module] = 
         raise ValueError(f"{path} is damaged, or no model file of ours; train anew") from error
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a file beside the old one, which it replaces only when it is complete."""
+@contextmanager
+def replacement_of(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside the old one, which it replaces only when it is complete.
+
+    Raises OSError if it cannot be written; then it is removed, and the old one is as it was.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file)  # now it is on the disk, not only on its way there
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch turns the first into the second
-        part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error}); what was there is kept") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()  # it is still there if something went wrong
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a model file, see replacement_of."""
+    with replacement_of(path) as file:
+        torch.save(state, file)
+
+
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Make a folder for files, if there is none. Raises OSError if one cannot write into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"no folder {folder} can be made ({error.strerror}); "
+                      f"name another place by {option}") from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"you may not write into {folder}; name another place by {option}")
 
 
 def save_run(run: Run) -> None:
@@ -1161,7 +1205,7 @@ def save_run(run: Run) -> None:
     if not is_first_process():
         return
     out = Path(run.config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     state = run.state_dict()
     run.check_finite(sum(weight.sum().item() for weight in state["average"].values()))
     parts = ("config", "network", "classes", "history", "betas", "average")
@@ -1246,23 +1290,76 @@ def joined_processes(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Collect SIGINT (Ctrl-C) and SIGTERM in a list, so that no step is cut in two.
+    """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP in a list, so that no step is cut in two.
 
-    A second signal ends the program at once, unless torchrun is in charge, which always sends two.
+    A second signal ends the program at once, with two exceptions: torchrun sends every signal
+    twice, and when a terminal is closed, SIGHUP may come from the system and from the shell. A
+    signal that is ignored, as SIGHUP is under nohup, stays ignored. Outside the main thread Python
+    does not allow signal handlers, and the list stays empty.
     """
     signals = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
 
     def note(number, frame):
-        if signals and not dist.is_initialized():
+        if signals and number != hangup and not dist.is_initialized():
             sys.exit(128 + number)
         signals.append(number)
 
-    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {}
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            usual[number] = signal.signal(number, note)
     try:
         yield signals
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, and keep other runs out of it while this one goes on.
+
+    The system releases the lock when the process ends, even if it is killed. If a run has several
+    processes, the first one holds the lock. Raises OSError if another run does.
+    """
+    if not is_first_process():
+        yield
+        return
+    is_new = not folder.exists()
+    make_folder(folder)
+    lock = take_lock(folder)
+    try:
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # if the run has failed before its first step, it is empty
+                folder.rmdir()
+        os.close(lock)
+
+
+def take_lock(folder: Path) -> int:
+    """Lock a folder until the returned file descriptor is closed. Raises OSError, see locked."""
+    windows = sys.platform == "win32"  # it cannot lock a folder, so a file in it is locked
+    lock = os.open(folder / "lock", os.O_CREAT) if windows else os.open(folder, os.O_RDONLY)
+    try:
+        if windows:
+            import msvcrt
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # Linux and macOS, Windows
+        os.close(lock)
+        raise OSError(f"another process is training into {folder}; wait until it has finished, or "
+                      "name another folder by --out") from error
+    except OSError:
+        pass  # some network drives know no locks; better to train without one than not at all
+    return lock
 
 
 # ------------------------------------------------------------ options and the command line
@@ -1302,13 +1399,15 @@ def make_parser() -> Parser:
     for option in fields(Config):
         # SUPPRESS leaves out what was not given: --resume must tell it from a default.
         name = f"--{option.name.replace('_', '-')}"
+        meaning = option.metadata["help"]
         if option.type is bool:
-            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS,
-                                help=option.metadata["help"])
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=meaning)
             continue
-        parser.add_argument(name, type=option.type, metavar=option.type.__name__,
+        # A shell leaves the ~ of --out=~/run as it is.
+        kind = os.path.expanduser if option.name in ("data", "out") else option.type
+        parser.add_argument(name, type=kind, metavar=option.type.__name__,
                             default=argparse.SUPPRESS,
-                            help=f"{option.metadata['help']} (default: {option.default})")
+                            help=f"{meaning} (default: {option.default})")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, with the options that it began with")
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
@@ -1340,6 +1439,7 @@ def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, 
         return Config(**given, dataset="builtin"), notice
 
 
+@forgiving_output()
 def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None = None,
          **seams) -> None:
     """The command line. after_step, network, draw_t and learning_rate are passed on to train()."""
@@ -1354,12 +1454,15 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
     try:
         config = Config(**given)
         device = pick_device(config.device)
-        if not resume:
-            NoiseSchedule(config.T, config.schedule)  # raises with advice of its own
         if config.dataset == "folder" and "data" not in given:
             raise ValueError("name the folder of your images by --data")
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    try:
+        if not resume:
+            NoiseSchedule(config.T, config.schedule)
+    except ValueError as error:
+        parser.error(advice_for_command_line(error, "--schedule"))
 
     # Train. A signal only asks the run to stop after the step under way.
     try:
@@ -1373,7 +1476,8 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
                 config = options_of_saved_run(config, given, seams.get("network", UNet))
             else:
                 config, notice = with_builtin_digits_if_needed(config, given)
-            history = train(config, resume, after_step=stop_after_step, **seams)
+            with locked(Path(config.out)):
+                history = train(config, resume, after_step=stop_after_step, **seams)
 
             # Say what comes next.
             stopped = len(history["loss"]) < config.epochs
