@@ -1155,7 +1155,9 @@ def pair(schedule) -> tuple[Gaussian, Gaussian]:
 
 @given(schedules_and_t(), SEED)
 def test_guidance_of_1_is_the_model_and_of_0_the_worse_network(drawn, seed):
-    """Bit for bit. With w = 1 the worse network is never asked, so it costs one evaluation."""
+    """Bit for bit. With w = 1 the worse network is never asked, so it costs one evaluation. With
+    w = 0 it is asked alone; if there is an interval, both are, and the formula gives the same.
+    """
     schedule, t = drawn
     model, worse = pair(schedule)
     xt = normal(seed, 3, 1, 3, 3)
@@ -1163,6 +1165,8 @@ def test_guidance_of_1_is_the_model_and_of_0_the_worse_network(drawn, seed):
     assert torch.equal(Guided(model, worse, 1.0)(xt, levels), model(xt, levels))
     assert worse.calls == []
     assert torch.equal(Guided(model, worse, 0.0)(xt, levels), worse(xt, levels))
+    everywhere = Guided(model, worse, 0.0, (1, schedule.T))
+    assert torch.equal(everywhere(xt, levels), worse(xt, levels))
 
 
 @given(schedules_and_t(), SEED, st.floats(-100, 100))
