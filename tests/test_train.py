@@ -485,8 +485,8 @@ def test_average_equals_its_closed_form(weights, decay):
 # ------------------------------------------------------------------------------------ evaluation
 
 class Guess(torch.nn.Module):
-    """A stand-in for the network: half of x_t, plus t/1000, plus a tenth of the label if it is told;
-    remembers the t it was shown.
+    """A stand-in for the network: half of x_t, plus t/1000, plus a tenth of the label if there is
+    one. It remembers the t that it was shown.
     """
 
     def __init__(self):
