@@ -1695,17 +1695,18 @@ def test_answer_of_a_class_and_that_without_differ_by_the_gradient_of_a_classifi
         assert abs(pushed - (untold - 3 * push)) < 1e-4
 
 
-@pytest.mark.parametrize("w", [0.0, 1.0])
-def test_chain_draws_the_class_that_is_asked_for_or_all(w):
+@pytest.mark.parametrize("w, interval", [(1.0, None), (0.0, None), (0.0, (1, 1000))])
+def test_chain_draws_the_class_that_is_asked_for_or_all(w, interval):
     """With w = 1 each image has the mean and variance of the class of its label, with w = 0 those
-    of all classes together, whatever its label.
+    of all classes together, whatever its label; so too with an interval of all t, where both
+    answers are computed.
 
     From 8,000 points a number, 5.8 standard errors are 5.8 sigma/sqrt(N) of the mean and, as no
     cloud has a greater fourth moment than a Gaussian, 5.8 sqrt(2/N) of the variance. The 60 steps
     of dpm++ are allowed 0.01 and 2 % on top. The classes differ by more than ten times as much.
     """
     network = Clouds(LINEAR)
-    told = Guided(Labelled(network, torch.arange(3)), network, w)
+    told = Guided(Labelled(network, torch.arange(3)), network, w, interval)
     x = last(sample(told, LINEAR, [1, 2, 3], "dpm++", steps=60, clip=False, shape=(1, 8000, 2)))
     all_means = (SHARES[:, None] * MEANS).sum(0)
     all_spreads = (SHARES[:, None] * (SPREADS + MEANS**2)).sum(0) - all_means**2

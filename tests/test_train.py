@@ -1210,6 +1210,21 @@ def test_resuming_with_other_classes_is_refused(tmp_path):
         learn(small(tmp_path / "True", labels=True), images=others, resume=True)
 
 
+def test_run_from_before_there_were_labels_goes_on(tmp_path):
+    """Its files know of no labels: neither an option, nor classes, nor a size of the network. It
+    goes on as if it had not been stopped.
+    """
+    learn(small(tmp_path / "whole"))
+    learn(small(tmp_path / "parts"), after_step=stop_after(5))
+    for name in ("last.pt", "model.pt"):
+        state = torch.load(tmp_path / "parts" / name, weights_only=True)
+        del state["classes"], state["config"]["labels"], state["network"]["classes"]
+        save(tmp_path / "parts" / name, state)
+    assert load_checkpoint(tmp_path / "parts" / "model.pt").classes == []
+    learn(small(tmp_path / "parts"), resume=True)
+    assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+
+
 @pytest.mark.slow
 def test_network_learns_what_labels_mean(tmp_path):
     """Told one of ten labels, a trained network gives ten answers for the same noisy image. If the
