@@ -1522,7 +1522,8 @@ def test_guidance_by_labels_is_the_formula_of_the_paper(seed, labels, w):
         with torch.no_grad():
             told = LITTLE(xt[one], t[one], torch.tensor([label]))
             untold = LITTLE(xt[one], t[one])
-        assert (got[one] - ((1 + (w - 1)) * told - (w - 1) * untold)).abs().max() < 1e-9
+        v = w - 1
+        assert (got[one] - ((1 + v) * told - v * untold)).abs().max() < 1e-9
         assert torch.equal(told, untold) == (label == -1)
 
 
@@ -1531,7 +1532,7 @@ def test_guidance_by_labels_is_the_formula_of_the_paper(seed, labels, w):
 def test_answer_without_labels_does_not_depend_on_them(seed, labels, others):
     """w = 0 tells nothing: for any two sets of labels the answer is the same, bit for bit, whether
     the network is asked once (no interval) or twice (an interval). That of w = 1 is the answer with
-    labels, bit for bit, and costs one image each.
+    labels, bit for bit.
     """
     count = min(len(labels), len(others))
     labels, others = labels[:count], others[:count]
