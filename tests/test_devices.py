@@ -76,21 +76,23 @@ def test_sampling_makes_no_float64_on_the_device(monkeypatch):
     assert "aten::convolution" in watch.operations and not watch.double and not watch.strided
 
 
-def test_training_makes_no_float64_on_the_device():
+@pytest.mark.parametrize("classes", [0, 10])
+def test_training_makes_no_float64_on_the_device(classes):
     """A training step with its gradients, their clipping, Adam and the average makes float32 alone,
-    and all images are contiguous.
+    and all images are contiguous; with labels and without.
     """
     with torch.device("meta"):
-        model = UNet()
-        average = UNet().requires_grad_(False)
+        model = UNet(classes=classes)
+        average = UNet(classes=classes).requires_grad_(False)
     run = SimpleNamespace(
         config=Config(), model=model, network=model, average=average, device=torch.device("meta"),
         adam=torch.optim.Adam(model.parameters(), foreach=False), schedule=NoiseSchedule(),
         generator=torch.Generator().manual_seed(0), draw_t=draw_t, learning_rate=learning_rate,
         step=0, steps=10)
     x0 = torch.rand(4, 1, 28, 28, generator=run.generator) * 2 - 1
+    label = torch.arange(4) if classes else None
     with Watch() as watch:
-        loss = training_step(run, x0)
+        loss = training_step(run, x0, label)
     assert run.step == 1 and loss.device.type == "meta" and loss.dtype == torch.float32
     assert {"aten::convolution_backward", "aten::addcdiv_"} <= watch.operations
     assert not watch.double and not watch.strided

@@ -170,6 +170,7 @@ TABLE = [
     ("train", "--val-images -1", 2, "val_images must be between"),
     ("train", "--dataset folder", 2, "name the folder of your images by --data"),
     ("train", "--colour", 2, "unrecognized arguments: --colour"),
+    ("train", "--labels yes", 2, "unrecognized arguments: yes"),
     ("sample", "--seeds x", 2, "'x' is not a seed or a range such as 0-31"),
     ("sample", "--seeds 3-1", 2, "'3-1' is not a seed"),
     ("sample", "--seeds 0-99999", 2, "more than 10,000 seeds"),
@@ -187,6 +188,9 @@ TABLE = [
     ("sample", "--guidance 1 --guide {p}/good.pt", 2, "are for --guidance; 2 is usual"),
     ("sample", "--guidance 2 --interval some", 2, "'some' is not an interval of t such as 150-700"),
     ("sample", "--guidance 2 --interval 700-150", 2, "'700-150' is not an interval"),
+    ("sample", "--digits 10", 2, "'10' is not a digit or a range such as 0-9"),
+    ("sample", "--digits 9-0", 2, "'9-0' is not a digit or a range such as 0-9"),
+    ("sample", "--digits 1 --classes 1", 2, "not allowed with argument --digits"),
     ("plots", "losses", 2, "known are forward, embedding, loss, trajectory, grid"),
     ("plots", "loss --device abacus", 2, "here: auto, "),
     *[(name, "--device cpu:x", 2, "cpu:x") for name in ("train", "sample", "plots")],
@@ -236,6 +240,9 @@ TABLE = [
     ("sample", "--checkpoint {p}/huge.pt --no-clip", 1,
      "not finite at t = 20; clip the predicted images (no --no-clip)"),
     ("plots", "grid --checkpoint {p}/nan.pt", 1, "not finite at t = 20"),
+    *[("sample", options, 1, "{p}/good.pt was trained without labels and cannot be asked for a "
+       "class; python train.py --labels makes a model that can")
+      for options in ("--digits 7", "--classes 7", "--digits 0-9 --guidance 2")],
     # Guides that are missing, damaged or do not fit.
     ("sample", "--guidance 2", 1, "no early.pt and no epoch-1.pt beside {p}/good.pt to guide it; "
      "name an earlier state of the same network by --guide"),
@@ -264,6 +271,7 @@ TABLE = [
     # Runs that cannot go on, or should not be overwritten.
     ("train", "--data {p}/mnist --out {p}/run", 1, "--resume"),
     ("train", "--out {p}/run --resume --seed 5", 1, "has seed = 0, not 5"),
+    ("train", "--out {p}/run --resume --labels", 1, "has labels = False, not True"),
     ("train", "--out {p}/copied --resume", 1, "holds no run"),
     ("train", "--out {p}/broken --resume", 1, "is damaged, or no model file"),
     ("train", "--out {p}/nowhere --resume", 1, "no model file"),

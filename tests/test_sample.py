@@ -25,6 +25,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,9 +38,10 @@ from torchvision.utils import make_grid
 
 import sample as script
 import train
-from sample import (RESTARTS, SAMPLERS, VARIANCES, Guided, ddim_step, dpm_step, draw_digit,
-                    find_guide, guided, p_step, parse_interval, parse_seeds, predict_clean, restart,
-                    sample, timesteps, to_uint8)
+from sample import (RESTARTS, SAMPLERS, VARIANCES, Guided, Labelled, ddim_step, dpm_step,
+                    draw_digit, find_guide, guided, labels_for, p_step, parse_digits,
+                    parse_interval, parse_seeds, predict_clean, restart, sample, timesteps,
+                    to_uint8)
 from schedule import NoiseSchedule
 from strategies import FEW, SEED, normal, pictures, schedules, schedules_and_t
 from unet import UNet
@@ -1155,7 +1157,9 @@ def pair(schedule) -> tuple[Gaussian, Gaussian]:
 
 @given(schedules_and_t(), SEED)
 def test_guidance_of_1_is_the_model_and_of_0_the_worse_network(drawn, seed):
-    """Bit for bit. With w = 1 the worse network is never asked, so it costs one evaluation."""
+    """Bit for bit. With w = 1 the worse network is never asked, so it costs one evaluation. With
+    w = 0 it is asked alone; if there is an interval, both are, and the formula gives the same.
+    """
     schedule, t = drawn
     model, worse = pair(schedule)
     xt = normal(seed, 3, 1, 3, 3)
@@ -1163,6 +1167,8 @@ def test_guidance_of_1_is_the_model_and_of_0_the_worse_network(drawn, seed):
     assert torch.equal(Guided(model, worse, 1.0)(xt, levels), model(xt, levels))
     assert worse.calls == []
     assert torch.equal(Guided(model, worse, 0.0)(xt, levels), worse(xt, levels))
+    everywhere = Guided(model, worse, 0.0, (1, schedule.T))
+    assert torch.equal(everywhere(xt, levels), worse(xt, levels))
 
 
 @given(schedules_and_t(), SEED, st.floats(-100, 100))
@@ -1472,6 +1478,246 @@ def test_guided_prediction_is_perfect_for_a_density_that_no_noise_leads_to(drawn
     assert abs(u - (now * u_0 + 1 - now) - difference) < 1e-9 * max(1, u, u_0)
 
 
+# ----------------------------------------------------------------------------------------- labels
+
+def little(classes: int = 10) -> UNet:
+    """A small UNet in float64 whose weights are all random, so that every label matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = UNet(channels=(8, 8), blocks=(1, 1), embedding=8, time_hidden=8, time_width=4,
+                     heads=2, groups=4, size=8, classes=classes).double().eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+LITTLE = little()
+LABELS = st.lists(st.integers(-1, 9), min_size=1, max_size=4)
+
+
+def noisy(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images of 8x8 pixels, and their t."""
+    t = torch.randint(1, 1001, (count,), generator=torch.Generator().manual_seed(seed))
+    return normal(seed, count, 1, 8, 8), t
+
+
+def told_of(seed: int, labels: list[int], w: float, interval=None) -> torch.Tensor:
+    """What LITTLE answers for these images if it is guided by itself without labels."""
+    told = Labelled(LITTLE, torch.tensor(labels))
+    with torch.no_grad():
+        return Guided(told, LITTLE, w, interval)(*noisy(seed, len(labels)))
+
+
+@FEW
+@given(SEED, LABELS, st.floats(-3, 6))
+def test_guidance_by_labels_is_the_formula_of_the_paper(seed, labels, w):
+    """(1 + v) eps(x_t, t, c) - v eps(x_t, t), with v = w - 1, for each image and its own label.
+    [CFG Eq. 6] So the two answers, which are computed in one batch, are those of two calls for each
+    image alone, up to rounding.
+    """
+    got = told_of(seed, labels, w)
+    xt, t = noisy(seed, len(labels))
+    for i, label in enumerate(labels):
+        one = slice(i, i + 1)
+        with torch.no_grad():
+            told = LITTLE(xt[one], t[one], torch.tensor([label]))
+            untold = LITTLE(xt[one], t[one])
+        v = w - 1
+        assert (got[one] - ((1 + v) * told - v * untold)).abs().max() < 1e-9
+        assert torch.equal(told, untold) == (label == -1)
+
+
+@FEW
+@given(SEED, LABELS, LABELS)
+def test_answer_without_labels_does_not_depend_on_them(seed, labels, others):
+    """w = 0 tells nothing: for any two sets of labels the answer is the same, bit for bit, whether
+    the network is asked once (no interval) or twice (an interval). That of w = 1 is the answer with
+    labels, bit for bit.
+    """
+    count = min(len(labels), len(others))
+    labels, others = labels[:count], others[:count]
+    xt, t = noisy(seed, count)
+    with torch.no_grad():
+        assert torch.equal(told_of(seed, labels, 0.0), LITTLE(xt, t))
+        assert torch.equal(told_of(seed, labels, 1.0), LITTLE(xt, t, torch.tensor(labels)))
+    twice = [told_of(seed, each, 0.0, (1, 1000)) for each in (labels, others)]
+    assert torch.equal(*twice)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guided_chains_of_0_and_1_are_those_without_and_with_labels(sampler):
+    """Real sample(), bit for bit: w = 1 and an interval without any t of the chain give the chain
+    of the network that is told the labels, w = 0 that of the network that is told nothing.
+    """
+    network = little().float()
+    labels = torch.tensor([3, 8])
+
+    def images(model):
+        return last(sample(model, STEEP, [1, 2], sampler, steps=5, shape=(1, 8, 8)))
+
+    told = images(Labelled(network, labels))
+    untold = images(network)
+    assert not torch.equal(told, untold)
+    assert torch.equal(images(Guided(Labelled(network, labels), network, 1.0)), told)
+    assert torch.equal(images(Guided(Labelled(network, labels), network, 3.0, (11, 99))), told)
+    assert torch.equal(images(Guided(Labelled(network, labels), network, 0.0)), untold)
+    assert torch.equal(images(Labelled(network, torch.tensor([-1, -1]))), untold)
+
+
+@FEW
+@given(SEED, st.floats(-3, 6), st.floats(-3, 6), st.floats(-2, 3))
+def test_guidance_by_labels_is_affine_in_w(seed, a, b, share):
+    """The predictions of any three w lie on one line, also those of 0 and 1, where one network is
+    spared.
+    """
+    labels = [3, -1, 8]
+    line = (1 - share) * told_of(seed, labels, a) + share * told_of(seed, labels, b)
+    assert (told_of(seed, labels, (1 - share) * a + share * b) - line).abs().max() < 1e-8
+    ends = (1 - a) * told_of(seed, labels, 0.0) + a * told_of(seed, labels, 1.0)
+    assert (told_of(seed, labels, a) - ends).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("w", [1.0, 2.5])
+def test_image_depends_on_its_seed_and_its_label_alone(w):
+    """In float32, drawn alone and in a batch with other labels, an image is the same to within one
+    grey level, guided and restarted too. With another label it is another image.
+    """
+    network = little().float()
+
+    def images(seeds: list[int], labels: list[int]) -> torch.Tensor:
+        told = Guided(Labelled(network, torch.tensor(labels)), network, w)
+        x = last(sample(told, STEEP, seeds, "sde-dpm++", steps=5, shape=(1, 8, 8)))
+        return to_uint8(restart(told, STEEP, x, seeds, shares=(0.4,), steps=2)).int()
+
+    together = images([3, 1, 4, 1], [7, 2, 0, 9])
+    for k, (seed, label) in enumerate(((3, 7), (1, 2), (4, 0), (1, 9))):
+        assert (together[k] - images([seed], [label])[0]).abs().max() <= 1
+    assert (together[1] - together[3]).abs().max() > 20  # one seed, two labels
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_labelled_network_keeps_its_mode(training):
+    """At each yield the network is in the mode in which it was before; so it is at the end."""
+    network = little().float().train(training)
+    for told in (Labelled(network, torch.tensor([3])),
+                 Guided(Labelled(network, torch.tensor([3])), network, 2.0)):
+        for _ in sample(told, STEEP, [1], steps=2, shape=(1, 8, 8)):
+            assert told.training == network.training == training
+
+
+# --------------------------------------------------------- labels: three clouds, known exactly
+
+# Of three classes, the shares of all data, and in each of two pixels mean and variance.
+SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+MEANS = torch.tensor([[-0.7, 0.4], [0.5, 0.6], [0.2, -0.8]], dtype=torch.float64)
+SPREADS = torch.tensor([[0.09, 0.04], [0.16, 0.02], [0.03, 0.12]], dtype=torch.float64)
+
+
+class Clouds(torch.nn.Module):
+    """The exact predictor for data of three classes, each a Gaussian. Called as a UNet with classes
+    is. An image (1, H, P) has H points of P = 1 or 2 pixels, which are independent.
+
+    Told the class, eps is that of its Gaussian, as above. Told nothing, it is the mean of these,
+    weighted by the classes' share in the density of x_t.
+    """
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, xt, t, label=None):
+        alpha_bar = self.schedule.alpha_bar[t].reshape(-1, 1, 1, 1).to(xt.dtype)
+        pixels = xt.shape[-1]
+        x = xt[:, 0, :, None, :]  # (B, H, 1, P)
+        v = alpha_bar * SPREADS[:, :pixels].to(xt.dtype) + 1 - alpha_bar  # (B, 1, 3, P)
+        off = x - alpha_bar.sqrt() * MEANS[:, :pixels].to(xt.dtype)
+        eps = (1 - alpha_bar).sqrt() * off / v  # (B, H, 3, P)
+        log_density = SHARES.to(xt.dtype).log() - (off**2 / v + v.log()).sum(-1) / 2
+        answer = (log_density.softmax(-1)[..., None] * eps).sum(-2)  # (B, H, P)
+        if label is not None:
+            own = eps[torch.arange(len(xt)), :, label.clamp(min=0)]
+            answer = torch.where(label[:, None, None] < 0, answer, own)
+        return answer[:, None]
+
+
+def integrals(alpha_bar: float, x: float) -> tuple[list[float], list[float]]:
+    """For each class the density of x_t = x, in one pixel, times the share of the class; and the
+    mean of eps, given that x_t = x. Both by their definition, as sums over a grid of eps:
+
+        x_0 = (x - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar),    q(x_t) dx_t = p(x_0) dx_0
+    """
+    eps = torch.linspace(-12, 12, 16_001, dtype=torch.float64)
+    x0 = (x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+    normal_density = (-eps**2 / 2).exp() / math.sqrt(2 * math.pi)
+    densities, means = [], []
+    for share, mean, spread in zip(SHARES.tolist(), MEANS[:, 0].tolist(), SPREADS[:, 0].tolist()):
+        p = (-(x0 - mean)**2 / (2 * spread)).exp() / math.sqrt(2 * math.pi * spread)
+        weight = normal_density * p / math.sqrt(alpha_bar)
+        densities.append(share * weight.sum().item() * 24 / 16_000)
+        means.append(((weight * eps).sum() / weight.sum()).item())
+    return densities, means
+
+
+@FEW
+@given(st.integers(1, 10), st.floats(-2.5, 2.5))
+def test_answer_of_a_class_and_that_without_differ_by_the_gradient_of_a_classifier(t, x):
+    """By integration, for three classes in one pixel:
+
+    eps = -sqrt(1 - alpha_bar) d/dx log p_t(x), with and without a label (section 7),
+    eps(x) = sum_c p(c | x) eps(x, c) (section 8), and
+    eps(x) - eps(x, c) = sqrt(1 - alpha_bar) d/dx log p(c | x) (section 8).
+
+    The network that answers so, Labelled and Guided, goes along this gradient, w times as far. The
+    derivatives are differences over 2e-4, which are good to 1e-5 here.
+    """
+    alpha_bar = STEEP.alpha_bar[t].item()
+    root = math.sqrt(1 - alpha_bar)
+    h = 1e-4
+    density, eps = integrals(alpha_bar, x)
+    below, above = (integrals(alpha_bar, x + step)[0] for step in (-h, h))
+    share = [each / sum(density) for each in density]
+    untold = sum(p * e for p, e in zip(share, eps))
+    assert abs(untold + root * math.log(sum(above) / sum(below)) / (2 * h)) < 1e-5
+
+    network = Clouds(STEEP)
+    xt = torch.full((3, 1, 1, 1), x, dtype=torch.float64)
+    levels = torch.full((3,), t)
+    answers = network(xt, levels).flatten()
+    told = Labelled(network, torch.arange(3))
+    for c in range(3):
+        assert abs(eps[c] + root * math.log(above[c] / below[c]) / (2 * h)) < 1e-5
+        certainty = math.log(above[c] / sum(above)) - math.log(below[c] / sum(below))
+        push = root * certainty / (2 * h)
+        assert abs(untold - eps[c] - push) < 1e-5
+        assert abs(answers[c].item() - untold) < 1e-9
+        assert abs(told(xt, levels).flatten()[c].item() - eps[c]) < 1e-9
+        pushed = Guided(told, network, 3.0)(xt, levels).flatten()[c].item()
+        assert abs(pushed - (untold - 3 * push)) < 1e-4
+
+
+@pytest.mark.parametrize("w, interval", [(1.0, None), (0.0, None), (0.0, (1, 1000))])
+def test_chain_draws_the_class_that_is_asked_for_or_all(w, interval):
+    """With w = 1 each image has the mean and variance of the class of its label, with w = 0 those
+    of all classes together, whatever its label; so too with an interval of all t, where both
+    answers are computed.
+
+    From 8,000 points a number, 5.8 standard errors are 5.8 sigma/sqrt(N) of the mean and, as no
+    cloud has a greater fourth moment than a Gaussian, 5.8 sqrt(2/N) of the variance. The 60 steps
+    of dpm++ are allowed 0.01 and 2 % on top. The classes differ by more than ten times as much.
+    """
+    network = Clouds(LINEAR)
+    told = Guided(Labelled(network, torch.arange(3)), network, w, interval)
+    x = last(sample(told, LINEAR, [1, 2, 3], "dpm++", steps=60, clip=False, shape=(1, 8000, 2)))
+    all_means = (SHARES[:, None] * MEANS).sum(0)
+    all_spreads = (SHARES[:, None] * (SPREADS + MEANS**2)).sum(0) - all_means**2
+    for c in range(3):
+        points = x[c, 0].double()
+        mean, variance = (MEANS[c], SPREADS[c]) if w == 1 else (all_means, all_spreads)
+        assert ((points.mean(0) - mean).abs() < 5.8 * (variance / 8000).sqrt() + 0.01).all()
+        assert ((points.var(0) / variance - 1).abs() < 5.8 * math.sqrt(2 / 8000) + 0.02).all()
+
+
 # --------------------------------------------------------------------------------------- restarts
 
 @FEW
@@ -1605,13 +1851,19 @@ def test_seeds_are_numbers_and_ranges():
             parse_seeds(text)
 
 
-@pytest.mark.parametrize("count, scale", [(2, 4), (8, 1), (13, 2), (16, 1)])
-def test_grid_is_that_of_torchvision(count, scale):
-    """Eight to a row, lines of one pixel of grey 64 between and around, each pixel enlarged."""
+@pytest.mark.parametrize("count, scale, columns", [
+    (2, 4, 8), (8, 1, 8), (13, 2, 8), (16, 1, 8), (13, 1, 10), (3, 1, 10)])
+def test_grid_is_that_of_torchvision(count, scale, columns):
+    """So many to a row, eight if nothing is said, lines of one pixel of grey 64 between and around,
+    each pixel enlarged.
+    """
     images = normal(0, count, 1, 6, 5)
-    expected = make_grid(to_uint8(images), nrow=8, padding=1, pad_value=64)[0]
+    expected = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=64)[0]
     expected = expected.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    assert torch.equal(pil_to_tensor(script.draw_grid(images, scale))[0], expected)
+    picture = script.draw_grid(images, scale, columns=columns)
+    assert torch.equal(pil_to_tensor(picture)[0], expected)
+    if columns == 8:
+        assert picture == script.draw_grid(images, scale)
 
 
 def draw(model_file: Path, *options: str, folder: Path | None = None) -> torch.Tensor:
@@ -1896,6 +2148,7 @@ def test_pictures_of_the_shipped_model_are_not_put_among_shipped_files(tmp_path,
     folder = tmp_path / "runs" / "pretrained"
     assert script.files_to_write(None, None, script.SHIPPED) == [folder / "samples.png"]
     assert folder.is_dir()
+    assert script.files_to_write(None, None, script.SHIPPED_LABELS) == [folder / "samples.png"]
     own = tmp_path / "model.pt"
     assert script.files_to_write(None, "a.gif", own) == [tmp_path / "samples.png", Path("a.gif")]
     assert script.files_to_write("b.png", None, own) == [Path("b.png")]
@@ -1926,3 +2179,177 @@ def test_interrupt_leaves_no_picture(tiny_run, tmp_path, capsys):
     assert "stopped; pictures that were there are kept" in capsys.readouterr().err
     assert len(calls) == 5
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------- labels on the command line
+
+def write_labelled(folder: Path, classes=tuple("0123456789")) -> Path:
+    """A model file of the little network, T = 20, that knows these classes; early.pt beside it has
+    other weights and fewer steps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = little(len(classes)).float()
+    config = train.Config(T=20, schedule="cosine", epochs=1, labels=True, out="nowhere")
+    options = {name: value for name, value in vars(config).items()
+               if name not in ("data", "out", "device")}
+    for name, size, steps in (("model.pt", 1.0, 2), ("early.pt", 0.5, 1)):
+        train.save(folder / name, {
+            "config": options, "network": model.config, "classes": list(classes),
+            "betas": NoiseSchedule(20, "cosine").beta[1:],
+            "average": {key: size * weight for key, weight in model.state_dict().items()},
+            "history": {"loss": [1.0], "held_out": [0.5], "seconds": [1.0],
+                        "step_loss": [1.0] * steps}})
+    return folder / "model.pt"
+
+
+def cells(picture: torch.Tensor, columns: int) -> torch.Tensor:
+    """All images of a grid of 8x8 images, (rows * columns, 8, 8) bytes."""
+    small = picture[2::4, 2::4].int()  # the middle of each enlarged pixel
+    tiles = small[1:, 1:].unfold(0, 9, 9).unfold(1, 9, 9)[:, :, :8, :8]
+    assert tiles.shape[1] == columns
+    return tiles.flatten(0, 1)
+
+
+def expected(model_file: Path, seeds: list[int], labels: list[int], w: float = 1.0,
+             interval=None, worse: torch.nn.Module | None = None) -> torch.Tensor:
+    """The bytes that sample() gives, each image drawn alone."""
+    checkpoint = script.load_checkpoint(model_file)
+    model = checkpoint.model
+    images = []
+    for seed, label in zip(seeds, labels):
+        network = Labelled(model, torch.tensor([label]))
+        if w != 1:
+            network = Guided(network, worse or model, w, interval)
+        images.append(last(sample(network, checkpoint.schedule, [seed], shape=(1, 8, 8))))
+    return to_uint8(torch.cat(images))[:, 0].int()
+
+
+def test_command_draws_digits_to_order(tmp_path):
+    """--digits 0-9: seed k draws the digit k mod 10, in ten columns; so the digits of a column are
+    of one kind. The file says which were asked for.
+    """
+    model_file = write_labelled(tmp_path)
+    picture = draw(model_file, "--digits", "0-9", "--seeds", "0-11")
+    got = cells(picture, columns=10)[:12]
+    wanted = expected(model_file, list(range(12)), [*range(10), 0, 1])
+    assert (got - wanted).abs().max() <= 1
+    others = expected(model_file, [0, 11], [1, 0])
+    assert (got[[0, 11]] - others).abs().amax(dim=(1, 2)).min() > 20
+    with Image.open(tmp_path / "samples.png") as file:
+        assert "classes 0,1,2,3,4,5,6,7,8,9, ddpm, 20 steps" in file.text["Description"]
+
+
+def test_command_draws_classes_by_name(tmp_path):
+    """--classes takes names, in upper or lower case, in turn for the seeds; eight to a row."""
+    model_file = write_labelled(tmp_path, ("Ankle boot", "bag", "T-shirt/top"))
+    picture = draw(model_file, "--classes", "t-SHIRT/top,BAG", "--seeds", "5-7")
+    got = cells(picture, columns=3)
+    assert (got - expected(model_file, [5, 6, 7], [2, 1, 2])).abs().max() <= 1
+
+
+def test_command_guides_digits(tmp_path):
+    """--guidance with --digits: away from the network without labels; with --guide, away from an
+    earlier state, which is told nothing. At the t of --interval alone, if it is given.
+    """
+    model_file = write_labelled(tmp_path)
+    early = tmp_path / "early.pt"
+    worse = script.load_checkpoint(early).model
+    for options, choice in (([], {}), (["--interval", "3-14"], {"interval": (3, 14)}),
+                            (["--guide", str(early)], {"worse": worse})):
+        picture = draw(model_file, "--digits", "7,2", "--seeds", "4-5", "--guidance", "2", *options)
+        got = cells(picture, columns=2)
+        wanted = expected(model_file, [4, 5], [7, 2], 2.0, **choice)
+        assert (got - wanted).abs().max() <= 1
+        assert (got - expected(model_file, [4, 5], [7, 2])).abs().max() > 20
+
+
+def test_guide_of_digits_is_printed(tmp_path, capsys):
+    """It is the network itself without labels, or the file that is named."""
+    model_file = write_labelled(tmp_path)
+    checkpoint = script.load_checkpoint(model_file)
+    labels = torch.tensor([7, 2])
+    itself = guided(checkpoint, model_file, 2.0, labels=labels)
+    assert itself.worse is itself.model.network is checkpoint.model
+    assert capsys.readouterr().out == "guided by itself without labels, w = 2\n"
+    early = str(tmp_path / "early.pt")
+    other = guided(checkpoint, model_file, 2.0, early, labels=labels)
+    assert not isinstance(other.worse, Labelled) and other.worse is not checkpoint.model
+    assert capsys.readouterr().out == f"guided by {early}, w = 2\n"
+
+
+def test_digits_are_digits_and_ranges():
+    """'0-3,7' asks for 0, 1, 2, 3 and 7; anything else is refused."""
+    assert parse_digits("0-3,7") == ["0", "1", "2", "3", "7"]
+    assert parse_digits("5") == ["5"] and parse_digits("4-4,4") == ["4", "4"]
+    assert parse_digits("0-9") == list("0123456789")
+    for text in ("", "a", "10", "-", "1-", "-3", "3-1", "5,3-1", "1.5", "1,,2", "0-10", " 1", "1\n",
+                 "\u0661"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a digit or a range such as"):
+            parse_digits(text)
+
+
+def test_labels_are_dealt_to_the_seeds_in_turn():
+    """Label k is that of name k, the first name again after the last; names may differ in case."""
+    known = SimpleNamespace(classes=["cat", "Dog", "ape"])
+    labels = labels_for([9, 8, 7, 6, 5], ["DOG", "cat"], known, Path("model.pt"))
+    assert labels.tolist() == [1, 0, 1, 0, 1] and labels.dtype == torch.int64
+    assert labels_for([1], ["ape", "cat"], known, Path("model.pt")).tolist() == [2]
+
+
+@pytest.mark.parametrize("classes, name, message", [
+    ([], "7", "model.pt was trained without labels and cannot be asked for a class; "
+              "python train.py --labels makes a model that can"),
+    (["cat", "dog"], "7", "model.pt knows no class '7'; give --classes some of cat,dog"),
+    (["cat", "dog"], "", "model.pt knows no class ''; give --classes some of cat,dog")])
+def test_classes_that_a_model_does_not_know_are_refused(classes, name, message):
+    """The message says what the model knows, or that it knows none."""
+    with pytest.raises(ValueError) as error:
+        labels_for([0], [name], SimpleNamespace(classes=classes), Path("model.pt"))
+    assert str(error.value) == message
+
+
+def test_command_refuses_what_a_model_cannot_draw(tiny_run, tmp_path, capsys):
+    """A model without labels, a class that it does not know: one line, and no picture. Digits that
+    are none, and both options together, are refused before any model is read.
+    """
+    told = write_labelled(tmp_path / "told", ("cat", "dog"))
+    out = tmp_path / "digits.png"
+    for file, options, message in (
+            (tiny_run / "model.pt", ["--digits", "7"], "was trained without labels"),
+            (told, ["--digits", "0-9"], "knows no class '0'; give --classes some of cat,dog"),
+            (told, ["--classes", "cat,cow"], "knows no class 'cow'")):
+        with pytest.raises(SystemExit) as exit_:
+            script.main(["--checkpoint", str(file), "--out", str(out), *options])
+        assert exit_.value.code.startswith(f"sample.py: {file} ") and message in exit_.value.code
+        assert "\n" not in exit_.value.code
+    capsys.readouterr()
+    for options, message in ((["--digits", "0-10"], "'0-10' is not a digit or a range such as 0-9"),
+                             (["--digits", "1", "--classes", "1"], "not allowed with argument")):
+        with pytest.raises(SystemExit) as exit_:
+            script.main(options)
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_digits_to_order_come_from_a_model_with_labels(tmp_path, monkeypatch, capsys):
+    """With labels, the default is your own finished run in runs/mnist-labels, else the shipped
+    model with labels; a run in runs/mnist is passed over. Without either, one line says so.
+    """
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    monkeypatch.setattr(script, "SHIPPED_LABELS", tmp_path / "pretrained" / "labels" / "model.pt")
+    write_labelled(tmp_path / "runs" / "mnist")
+    with pytest.raises(OSError, match="no model file .*labels"):
+        script.open_checkpoint(None, labels=True)
+
+    shipped = write_labelled(tmp_path / "pretrained" / "labels")
+    assert script.open_checkpoint(None, labels=True)[0] == shipped
+    own = write_labelled(tmp_path / "runs" / "mnist-labels")
+    assert script.open_checkpoint(None, labels=True)[0] == own
+    assert script.open_checkpoint(None)[0] == tmp_path / "runs" / "mnist" / "model.pt"
+
+    state = torch.load(own, weights_only=True)
+    torch.save({**state, "config": {**state["config"], "epochs": 2}}, own)
+    capsys.readouterr()
+    assert script.open_checkpoint(None, labels=True)[0] == shipped
+    assert "is not finished yet" in capsys.readouterr().err
+    assert script.open_checkpoint(None, finished=False, labels=True)[0] == own

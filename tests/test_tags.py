@@ -41,6 +41,8 @@ FORMULAS = {
     "DDPM section 4": r"$T=1000$, $\beta_t$ linear from $10^{-4}$ to 0.02",
     "Attention section 3.2": r"$\mathrm{softmax}(QK^\top/\sqrt d)\ V$",
     "Attention section 3.5": r"$\sin\omega_i t$ and $\cos\omega_i t$, $\omega_i$ from 1 to $10^{-4}$",
+    "CFG Algorithm 1": r"tell no class for one image in ten, each drawn by itself",
+    "CFG Eq. 6": r"$\hat\epsilon=(1+v)\ \epsilon(x_t,t,c)-v\ \epsilon(x_t,t)$, $v=w-1$",
     "DDIM Eq. 12": r"$x_s=\sqrt{\bar\alpha_s}\ \hat x_0+\sqrt{1-\bar\alpha_s-\sigma^2}\ \hat\epsilon+\sigma z$",
     "DDIM Eq. 16": r"$\sigma^2=\eta^2\tilde\beta_t$",
     "DPM-Solver++ Algorithm 2": r"$\hat x_0+\frac{u_s-u_t}{2(u_t-u_b)}(\hat x_0-\hat x_0^{b})$, "

@@ -26,9 +26,9 @@ from sample import SHIPPED, to_uint8
 from schedule import NoiseSchedule
 from strategies import SEED, pictures, same_state, write_mnist
 from train import (
-    BLOG_LOSS, HERE, QUICK, Config, Run, builtin_digits, draw_t, evaluate, from_uint8,
-    learning_rate, load_checkpoint, load_images, next_batch, own_share, read_picture, save,
-    split_images, told_to_stop, training_step, update_average)
+    BLOG_LOSS, DROPPED, HERE, QUICK, Config, Examples, Run, builtin_digits, class_names, draw_t,
+    drop_labels, evaluate, from_uint8, learning_rate, load_checkpoint, load_images, next_batch,
+    own_share, read_picture, save, split_images, told_to_stop, training_step, update_average)
 from unet import UNet
 
 
@@ -40,6 +40,19 @@ def small(out, **changes) -> Config:
 
 # 32 images to train on and 24 that are held out.
 IMAGES = (pictures(32, size=8), pictures(24, size=8, seed=1))
+
+
+def marked(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images that can be told apart, and labels: image i has the grey level 8 i all over, and the
+    label 7 i mod 5.
+    """
+    number = torch.arange(count)
+    images = (8 * number).to(torch.uint8).reshape(-1, 1, 1, 1).expand(count, 1, 8, 8)
+    return images.contiguous(), 7 * number % 5
+
+
+# The same number of images as above, with labels.
+MARKED = (marked(32), marked(24))
 
 
 def little(**sizes) -> UNet:
@@ -453,17 +466,27 @@ def test_builtin_digits_are_sized_and_centred_as_mnist():
 
 def test_images_are_split_as_the_options_say():
     """val_images=N holds out the last N training images instead of the test images; then images=M
-    takes the first M of the rest.
+    takes the first M of the rest. With labels, each image keeps its own; without, all are left out.
     """
     images, test_images = IMAGES
+    names = torch.arange(56)  # a label that no other image has
     for options, expected, expected_held_out in (
             ({}, images, test_images),
             ({"images": 20}, images[:20], test_images),
             ({"images": 99}, images, test_images),
             ({"val_images": 10}, images[:22], images[22:]),
             ({"val_images": 10, "images": 9}, images[:9], images[22:])):
-        training, held_out = split_images(small("", **options), (images, test_images))
-        assert torch.equal(training, expected) and torch.equal(held_out, expected_held_out)
+        pairs = ((images, names[:32]), (test_images, names[32:]))
+        for labels, given in ((False, IMAGES), (False, pairs), (True, pairs)):
+            training, held_out = split_images(small("", labels=labels, **options), given)
+            assert torch.equal(training.images, expected)
+            assert torch.equal(held_out.images, expected_held_out)
+            for part in (training, held_out):
+                if labels:
+                    assert torch.equal(torch.cat(IMAGES)[part.labels], part.images)
+                    assert len(part.labels.unique()) == len(part) == len(part.images)
+                else:
+                    assert part.labels is None
 
 
 @pytest.mark.parametrize("options, held_out, count, message", [
@@ -509,8 +532,8 @@ def test_shares_of_all_processes_make_up_the_batch(count, monkeypatch):
     shares = []
     for rank in range(count):
         processes(count, monkeypatch, rank)
-        share, share_t = own_share(images, t)
-        assert torch.equal(share, 10 * share_t) and len(share) == 8 // count
+        share, share_t, nothing = own_share(images, t, None)  # labels that there are not
+        assert torch.equal(share, 10 * share_t) and len(share) == 8 // count and nothing is None
         shares += share_t.tolist()
     assert sorted(shares) == list(range(8))
 
@@ -661,26 +684,33 @@ def test_average_equals_its_closed_form(weights, decay):
 # ------------------------------------------------------------------------------------ evaluation
 
 class Guess(torch.nn.Module):
-    """A stand-in for the network: half of x_t, plus t/1000; remembers the t it was shown."""
+    """A stand-in for the network: half of x_t, plus t/1000, plus a tenth of the label if there is
+    one. It remembers the t that it was shown.
+    """
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.5))
         self.seen = []
 
-    def forward(self, xt, t):
+    def forward(self, xt, t, label=None):
         assert not self.training
         self.seen += t.tolist()
-        return self.weight * xt + t.reshape(-1, 1, 1, 1) / 1000
+        told = 0 if label is None else label.reshape(-1, 1, 1, 1) / 10
+        return self.weight * xt + t.reshape(-1, 1, 1, 1) / 1000 + told
 
 
 @pytest.mark.parametrize("batch_size", [7, 500])
-def test_evaluate_equals_a_plain_loop(batch_size):
-    """Image i at t = 1 + i mod T, eps one randn from a generator seeded 0. [DDPM Eq. 14]"""
+@pytest.mark.parametrize("told", [False, True])
+def test_evaluate_equals_a_plain_loop(batch_size, told):
+    """Image i at t = 1 + i mod T, eps one randn from a generator seeded 0. [DDPM Eq. 14] If labels
+    are told, each image is seen with its own.
+    """
     schedule = NoiseSchedule(50, "cosine")
     images = pictures(60, size=8)
     model = Guess().train()
-    loss = evaluate(model, schedule, images, batch_size)
+    labels = torch.arange(60) * 7 % 10
+    loss = evaluate(model, schedule, images, batch_size, labels if told else None)
 
     eps = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     total = 0.0
@@ -689,7 +719,8 @@ def test_evaluate_equals_a_plain_loop(batch_size):
         alpha_bar = math.prod(1 - b for b in schedule.beta[1:t + 1].tolist())
         x0 = images[i].double() / 127.5 - 1
         xt = math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps[i]
-        total += (eps[i] - (xt / 2 + t / 1000)).square().mean().item() / 60
+        answer = xt / 2 + t / 1000 + (7 * i % 10 / 10 if told else 0)
+        total += (eps[i] - answer).square().mean().item() / 60
     assert abs(loss - total) < 1e-6
     assert model.seen == [1 + i % 50 for i in range(60)]
     assert model.training  # left as it was found
@@ -793,27 +824,33 @@ def test_steps_are_those_of_the_algorithm(tmp_path):
     assert got.history["held_out"][-1] == evaluate(got.model, got.schedule, IMAGES[1])
 
 
-def check_resumed_run(stops: list[int], folder) -> None:
+def check_resumed_run(stops: list[int], folder, labels: bool = False) -> None:
     """Stop a run after each of these steps, resume it, and compare it with one left alone."""
-    whole = learn(small(folder / "whole"))
-    parts = learn(small(folder / "parts"), after_step=stop_after(*stops))
+    def go(name: str, **arguments) -> dict[str, list[float]]:
+        return learn(small(folder / name, labels=labels), **arguments,
+                     images=MARKED if labels else IMAGES)
+
+    whole = go("whole")
+    parts = go("parts", after_step=stop_after(*stops))
     for count in stops:
         assert len(parts["step_loss"]) == count and len(parts["loss"]) == count // 4
-        parts = learn(small(folder / "parts"), resume=True, after_step=stop_after(*stops))
-    for name in ("loss", "held_out", "step_loss"):
+        parts = go("parts", resume=True, after_step=stop_after(*stops))
+    assert ("held_out_untold" in whole) == labels
+    for name in whole.keys() - {"seconds"}:
         assert whole[name] == parts[name]
     assert same_state(folder / "whole" / "last.pt", folder / "parts" / "last.pt")
 
 
 @pytest.mark.parametrize("stops", [[1], [4], [7, 11]])
-def test_resumed_run_equals_unbroken_run_bit_for_bit(stops, tmp_path):
+@pytest.mark.parametrize("labels", [False, True])
+def test_resumed_run_equals_unbroken_run_bit_for_bit(stops, labels, tmp_path):
     """A run that is stopped after any steps, also within an epoch of four steps, and resumed, ends
-    as if it had not been stopped.
+    as if it had not been stopped, with labels and without.
 
     Weights, average, Adam's moments, generator, order of the images and history are the same, bit
     for bit on one machine with one number of threads; elsewhere sums are rounded differently.
     """
-    check_resumed_run(stops, tmp_path)
+    check_resumed_run(stops, tmp_path, labels)
 
 
 @pytest.mark.slow
@@ -945,10 +982,11 @@ def test_diverged_run_keeps_the_last_good_files(tmp_path):
 def advance(run: Run, steps: int) -> None:
     """Take steps as the loop of train() does, but write no files."""
     for _ in range(steps):
-        run.record(training_step(run, from_uint8(next_batch(run, IMAGES[0]))))
+        batch = next_batch(run, Examples(IMAGES[0]))
+        run.record(training_step(run, from_uint8(batch.images)))
         run.read_losses()
         if run.epoch_is_complete:
-            run.finish_epoch(IMAGES[1])
+            run.finish_epoch(Examples(IMAGES[1]))
 
 
 def without_seconds(state: dict) -> dict:
@@ -1152,6 +1190,266 @@ def test_learning_rate_can_be_another(tmp_path):
     assert moved == [True] * 8 + [False] * 3
 
 
+# ------------------------------------------------------------------------------------- the labels
+
+class Told(Plain):
+    """The Plain network, which adds to its answer a number for each class."""
+
+    def __init__(self, size: int, classes: int, width: int = 4):
+        super().__init__(size, width)
+        self.config["classes"] = classes
+        self.table = torch.nn.Parameter(torch.zeros(classes + 1))  # the last one is for -1
+
+    def forward(self, xt, t, label=None):
+        answer = super().forward(xt, t)
+        return answer if label is None else answer + self.table[label].reshape(-1, 1, 1, 1)
+
+
+def listening(shown: list) -> type[Told]:
+    """A network that notes what it is called with: its mode, xt and the labels."""
+    class Listening(Told):
+        def forward(self, xt, t, label=None):
+            shown.append((self.training, xt.detach().clone(), label))
+            return super().forward(xt, t, label)
+    return Listening
+
+
+def nearly_clean(count: int, T: int, generator: torch.Generator) -> torch.Tensor:
+    """In place of draw_t: always t = 1, at which a grey level can be read off a noisy image."""
+    return torch.ones(count, dtype=torch.int64)
+
+
+def numbers(xt: torch.Tensor) -> torch.Tensor:
+    """Which of the marked images these are, nearly clean. Their grey levels are 8 apart; the noise
+    moves the mean of 64 pixels by 0.16.
+    """
+    return ((xt.mean(dim=(1, 2, 3)) + 1) * 127.5 / 8).round().long()
+
+
+def test_labels_are_dropped_one_by_one_with_probability_a_tenth():
+    """Each label is replaced by -1 with probability 0.1, whatever it is, wherever it stands in the
+    batch, and whatever happens to the others. [CFG Algorithm 1] The rest are left as they are.
+
+    Of N labels 0.1 N are dropped, with a standard error of sqrt(0.09 N); 5.5 of them have
+    probability 4e-8, for each of 8 places and 10 classes. The number that is dropped in a batch of
+    8 is 0, 1, 2, 3 or more with binomial probabilities: chi-square with 3 degrees of freedom, above
+    36 with probability 8e-8. One draw for the whole batch would make it above 100,000.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (10_000, 8), generator=generator)
+    before = labels.clone()
+    told = torch.stack([drop_labels(batch, generator) for batch in labels])
+    assert torch.equal(labels, before) and told.dtype == torch.int64
+    dropped = told == -1
+    assert torch.equal(told[~dropped], labels[~dropped])
+
+    for places in (*dropped.T, *(dropped[labels == digit] for digit in range(10))):
+        off = places.sum().item() - 0.1 * len(places)
+        assert abs(off) < 5.5 * math.sqrt(0.09 * len(places))
+    counts = torch.bincount(dropped.sum(dim=1).clamp(max=3), minlength=4).double()
+    share = [math.comb(8, k) * 0.1**k * 0.9**(8 - k) for k in range(3)]
+    expected = 10_000 * torch.tensor([*share, 1 - sum(share)], dtype=torch.float64)
+    assert ((counts - expected) ** 2 / expected).sum() < 36
+    assert DROPPED == 0.1
+
+
+def test_network_is_told_the_labels_of_its_images_or_none(tmp_path):
+    """In a step the network sees the images of the step, in the order drawn for the epoch, each
+    with its own label or with -1: that where a number drawn for it, uniform on [0, 1), is below
+    0.1. The number is drawn after the noise, from the generator of the run. Held-out images are
+    seen twice after each epoch, with all labels and without any.
+    """
+    shown = []
+    learn(small(tmp_path, labels=True, seed=5), images=MARKED, draw_t=nearly_clean,
+          network=listening(shown))
+    steps = [call for call in shown if call[0]]
+    assert len(steps) == 12
+
+    generator = torch.Generator().manual_seed(5)
+    kinds = set()
+    for step, (_, xt, label) in enumerate(steps):
+        if step % 4 == 0:
+            order = torch.randperm(32, generator=generator)
+        chosen = order[8 * (step % 4):8 * (step % 4) + 8]
+        torch.randn(8, 1, 8, 8, generator=generator)
+        dropped = torch.rand(8, generator=generator) < 0.1
+        kinds |= set(dropped.tolist())
+        assert torch.equal(numbers(xt), chosen)
+        assert label.tolist() == [-1 if out else 7 * i % 5
+                                  for out, i in zip(dropped.tolist(), chosen.tolist())]
+    assert kinds == {True, False}
+
+    told = [label for training, _, label in shown if not training]
+    assert len(told) == 6  # 24 held-out images are one batch
+    for label in told[::2]:
+        assert torch.equal(label, 7 * torch.arange(24) % 5)
+    assert told[1::2] == [None] * 3
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_labels_change_no_draw_of_a_run_without_them(labels, tmp_path):
+    """A step draws the levels (a permutation, then a number for each), then the noise, and with
+    labels one number more for each image. So a run without labels is what it was before there were
+    any: its generator is in the state in which these draws leave it.
+    """
+    states = []
+    learn(small(tmp_path, labels=labels, seed=3), images=MARKED,
+          after_step=lambda run: states.append(run.generator.get_state()))
+    generator = torch.Generator().manual_seed(3)
+    for step, state in enumerate(states):
+        if step % 4 == 0:
+            torch.randperm(32, generator=generator)
+        torch.randperm(8, generator=generator)
+        torch.rand(8, generator=generator, dtype=torch.float64)
+        torch.randn(8, 1, 8, 8, generator=generator)
+        if labels:
+            torch.rand(8, generator=generator)
+        assert torch.equal(state, generator.get_state())
+    assert len(states) == 12
+
+
+def test_labels_that_are_not_asked_for_are_not_told(tmp_path):
+    """Pairs of images and labels without labels=True: bit for bit the run of the images alone."""
+    learn(small(tmp_path / "pairs"), images=MARKED)
+    learn(small(tmp_path / "images"), images=(MARKED[0][0], MARKED[1][0]))
+    assert same_state(tmp_path / "pairs" / "last.pt", tmp_path / "images" / "last.pt")
+
+
+def test_two_held_out_losses_are_those_with_and_without_labels(tmp_path, capsys):
+    """history["held_out"] is what evaluate() finds when each label is told, "held_out_untold" when
+    none is; here they differ. Both are printed, and no loss of the blog, which told no labels.
+    """
+    history = learn(small(tmp_path, labels=True, lr=0.02), images=MARKED)
+    saved = load_checkpoint(tmp_path / "model.pt")
+    images, labels = MARKED[1]
+    told = evaluate(saved.model, saved.schedule, images, labels=labels)
+    untold = evaluate(saved.model, saved.schedule, images)
+    assert history["held_out"][-1] == told and history["held_out_untold"][-1] == untold
+    assert abs(told - untold) > 1e-5 and len(history["held_out_untold"]) == 3
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"held-out {told:.4f}" in line and line.endswith(f"without labels {untold:.4f}")
+
+
+def test_names_of_the_classes_are_saved(tmp_path):
+    """All files of a run hold the names, in the order of the labels, and the number of classes of
+    the network. If images are given, the names are numbers, up to the highest label of both parts.
+    """
+    training, (images, labels) = MARKED
+    learn(small(tmp_path, labels=True, epochs=1), images=(training, (images, labels + 2)))
+    assert len(files(tmp_path)) == 4
+    for path in tmp_path.iterdir():
+        saved = load_checkpoint(path)
+        assert saved.classes == ["0", "1", "2", "3", "4", "5", "6"]
+        assert saved.model.config["classes"] == 7 and saved.model.table.shape == (7, 4)
+
+
+def test_classes_of_a_data_set_have_names(tmp_path):
+    """MNIST and the built-in digits have digits, in order; FashionMNIST and KMNIST have the ten
+    names that their authors give them; a folder has the names of its folders, sorted.
+    """
+    for name in ("mnist", "builtin"):
+        assert class_names(small("", dataset=name)) == list("0123456789")
+    fashion = class_names(small("", dataset="fashion"))
+    assert len(fashion) == 10 and (fashion[1], fashion[9]) == ("Trouser", "Ankle boot")
+    assert class_names(small("", dataset="kmnist"))[:3] == ["o", "ki", "su"]
+    for name in ("dog", "ape", "cat"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (28, 28)).save(tmp_path / name / "1.png")
+    assert class_names(small("", dataset="folder", data=str(tmp_path))) == ["ape", "cat", "dog"]
+
+
+def test_command_learns_labels_of_a_folder(tmp_path):
+    """--labels: the network sees each image with the number of its folder in the sorted names."""
+    for kind, grey in (("dog", 200), ("cat", 40)):
+        (tmp_path / kind).mkdir()
+        for i in range(10):
+            Image.new("L", (28, 28), grey).save(tmp_path / kind / f"{i}.png")
+    shown = []
+    train.main(["--dataset", "folder", "--data", str(tmp_path), "--labels", "--epochs", "2",
+                "--batch-size", "9", "--device", "cpu", "--out", str(tmp_path / "run")],
+               draw_t=nearly_clean, network=listening(shown))
+    seen = [(xt, label) for training, xt, label in shown if training]
+    for xt, label in seen:
+        light = (xt.mean(dim=(1, 2, 3)) > 0).long()
+        assert ((light == label) | (label == -1)).all()
+    assert {0, 1} <= set(torch.cat([label for _, label in seen]).tolist())
+    saved = load_checkpoint(tmp_path / "run" / "model.pt", network=Told)
+    assert saved.classes == ["cat", "dog"] and saved.config.labels
+
+
+def test_runs_with_labels_have_a_folder_of_their_own():
+    """--labels writes into runs/DATASET-labels, and with --images into runs/DATASET-labels-N."""
+    for options, name in (({}, "mnist"), ({"labels": True}, "mnist-labels"),
+                          ({"labels": True, "images": 500}, "mnist-labels-500"),
+                          ({"labels": True, "dataset": "builtin"}, "builtin-labels")):
+        assert Config(**options).out == str(HERE / "runs" / name)
+
+
+@pytest.mark.parametrize("given", [IMAGES, (MARKED[0], IMAGES[1]), (IMAGES[0], MARKED[1])])
+def test_labels_that_are_missing_are_one_line(given, tmp_path):
+    """labels=True needs labels of both parts. Nothing is written."""
+    with pytest.raises(ValueError, match="^labels=True needs images with labels: pairs "):
+        learn(small(tmp_path, labels=True), images=given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_with_other_classes_is_refused(tmp_path):
+    """A table of five rows has none for a sixth class; nor does a run without labels go on with
+    them, or one with labels without. Nothing is written.
+    """
+    for labels in (True, False):
+        out = tmp_path / str(labels)
+        learn(small(out, labels=labels), images=MARKED, after_step=stop_after(1))
+        written = files(out)
+        with pytest.raises(ValueError, match=f"has labels = {labels}, not {not labels}"):
+            learn(small(out, labels=not labels), images=MARKED, resume=True)
+        assert files(out) == written
+    others = tuple((images, labels + 1) for images, labels in MARKED)
+    with pytest.raises(ValueError, match="had the classes 0, 1, 2, 3, 4, not 0, 1, 2, 3, 4, 5$"):
+        learn(small(tmp_path / "True", labels=True), images=others, resume=True)
+
+
+def test_run_from_before_there_were_labels_goes_on(tmp_path):
+    """Its files know of no labels: neither an option, nor classes, nor a size of the network. It
+    goes on as if it had not been stopped.
+    """
+    learn(small(tmp_path / "whole"))
+    learn(small(tmp_path / "parts"), after_step=stop_after(5))
+    for name in ("last.pt", "model.pt"):
+        state = torch.load(tmp_path / "parts" / name, weights_only=True)
+        del state["classes"], state["config"]["labels"], state["network"]["classes"]
+        save(tmp_path / "parts" / name, state)
+    assert load_checkpoint(tmp_path / "parts" / "model.pt").classes == []
+    learn(small(tmp_path / "parts"), resume=True)
+    assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+
+
+@pytest.mark.slow
+def test_network_learns_what_labels_mean(tmp_path):
+    """Told one of ten labels, a trained network gives ten answers for the same noisy image. If the
+    label says what is in the image, here its grey level, the error on held-out images is least with
+    the right labels, and larger with wrong ones than with none.
+    """
+    def grey(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(count) % 10
+        levels = (28 * labels).to(torch.uint8).reshape(-1, 1, 1, 1)
+        return levels.repeat(1, 1, 8, 8), labels
+
+    training, held_out = grey(1280), grey(500)
+    learn(small(tmp_path, labels=True, epochs=6, batch_size=32, lr=1e-2),
+          images=(training, held_out))
+    saved = load_checkpoint(tmp_path / "model.pt")
+    images, labels = held_out
+    xt = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answers = saved.model(xt.expand(10, -1, -1, -1), torch.full((10,), 500), torch.arange(10))
+    apart = torch.cdist(answers.flatten(1), answers.flatten(1)) + 9 * torch.eye(10)
+    assert apart.min() > 0.01
+    right, untold, wrong = (evaluate(saved.model, saved.schedule, images, labels=each)
+                            for each in (labels, None, (labels + 5) % 10))
+    assert right < untold < wrong
+
+
 # ------------------------------------------------------------------------------------ model files
 
 def test_files_of_a_run_hold_what_the_top_of_the_script_says(tmp_path):
@@ -1178,7 +1476,8 @@ def test_files_of_a_run_hold_what_the_top_of_the_script_says(tmp_path):
                                          for name in names)
 
     # What sample.py needs.
-    assert set(model) == {"config", "network", "history", "betas", "average"}
+    assert set(model) == {"config", "network", "classes", "history", "betas", "average"}
+    assert model["classes"] == []  # without labels
     folders = ("data", "out", "device")
     assert model["config"] == {k: v for k, v in vars(config).items() if k not in folders}
     assert model["network"] == {"size": 8, "width": 4} and model["history"] == history
@@ -1410,7 +1709,9 @@ def test_command_trains_reports_and_says_what_comes_next(tmp_path, capsys):
 
 
 def test_help_shows_every_option_with_its_default(capsys, monkeypatch):
-    """The usage, and for each field of Config its name, what it is and its default."""
+    """The usage, and for each field of Config its name, what it is and its default. A field that is
+    true or false is a switch, which is off by default and has no value.
+    """
     monkeypatch.setenv("COLUMNS", "500")  # no word is cut in two
     with pytest.raises(SystemExit) as exit_:
         train.main(["--help"])
@@ -1420,6 +1721,9 @@ def test_help_shows_every_option_with_its_default(capsys, monkeypatch):
     for option in fields(Config):
         name = "--" + option.name.replace("_", "-")
         meaning = option.metadata["help"]
+        if option.type is bool:
+            assert f" {name} {meaning} --" in text and option.default is False
+            continue
         assert f"{name} {option.type.__name__} {meaning} (default: {option.default})" in text
 
 

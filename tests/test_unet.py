@@ -319,6 +319,98 @@ def test_embedding_equals_its_formula(t, dim):
         assert abs(row[half + i].item() - math.cos(angle)) < tolerance
 
 
+# ------------------------------------------------------------------------------------- labels
+
+TOLD = seeded(lambda: UNet(classes=10), redraw=True)
+LABELS = st.lists(st.integers(-1, 9), min_size=1, max_size=5)
+
+
+def noisy(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images of 8x8 pixels, and their t."""
+    t = torch.randint(1, 1001, (count,), generator=torch.Generator().manual_seed(seed))
+    return normal(seed, count, 1, 8, 8), t
+
+
+def test_labels_cost_a_row_of_numbers_for_each_class():
+    """Ten classes add a table of 10 x 20 numbers, which starts at zero, and change nothing else:
+    all other initial weights are those of the network without classes, bit for bit.
+    """
+    plain = seeded(UNet).state_dict()
+    told = seeded(lambda: UNet(classes=10)).state_dict()
+    assert sum(weight.numel() for weight in told.values()) == 324_705 + 200
+    table = told.pop("table")
+    assert table.shape == (10, 20) and not table.any()
+    assert told.keys() == plain.keys()
+    assert all(torch.equal(told[name], plain[name]) for name in plain)
+
+
+@FEW
+@given(SEED, LABELS)
+def test_image_without_a_label_is_answered_as_if_there_were_no_labels(seed, labels):
+    """In one batch with others, bit for bit: -1 is no class, nor the last one. An image that has a
+    label is answered otherwise.
+    """
+    xt, t = noisy(seed, len(labels))
+    with torch.no_grad():
+        told = TOLD(xt, t, torch.tensor(labels))
+        untold = TOLD(xt, t)
+    for i, label in enumerate(labels):
+        assert torch.equal(told[i], untold[i]) == (label == -1)
+
+
+@FEW
+@given(SEED, LABELS, LABELS)
+def test_answer_does_not_depend_on_the_labels_of_other_images(seed, labels, others):
+    """The first image of a batch is answered in the same way, bit for bit, whatever label the rest
+    have; and, up to rounding, as if it were alone.
+    """
+    xt, t = noisy(seed, 1 + len(others))
+    first = torch.tensor(labels[:1])
+    with torch.no_grad():
+        answers = [TOLD(xt, t, torch.cat([first, torch.tensor(rest)]))[0]
+                   for rest in (others, others[::-1], [-1] * len(others))]
+        alone = TOLD(xt[:1], t[:1], first)[0]
+    assert all(torch.equal(answers[0], answer) for answer in answers)
+    assert (answers[0] - alone).abs().max() < 1e-10
+
+
+@FEW
+@given(SEED, LABELS)
+def test_label_adds_its_row_to_the_time_features(seed, labels):
+    """The network told class c is the network that is told nothing, but whose time features, those
+    of the sinusoids and the perceptron, have row c of the table added by hand.
+    """
+    xt, t = noisy(seed, len(labels))
+    rows = [torch.zeros(20).double() if label == -1 else TOLD.table[label] for label in labels]
+    with torch.no_grad():
+        told = TOLD(xt, t, torch.tensor(labels))
+        hook = TOLD.time_mlp.register_forward_hook(
+            lambda layer, inputs, time: time + torch.stack(rows))
+        try:
+            by_hand = TOLD(xt, t)
+        finally:
+            hook.remove()
+    assert (told - by_hand).abs().max() < 1e-12
+
+
+def test_only_the_rows_of_the_labels_that_are_told_learn():
+    """The gradient of the table is zero, exactly, in the rows of classes that are not in the batch,
+    and nowhere zero in those that are.
+    """
+    model = seeded(lambda: UNet(classes=10), redraw=True)
+    model(*noisy(0, 4), torch.tensor([3, -1, 7, 3])).square().mean().backward()
+    learning = model.table.grad != 0
+    assert learning[[3, 7]].all()
+    assert learning.sum() == 2 * 20
+
+
+@pytest.mark.parametrize("label", [10, -2])
+def test_label_out_of_range_is_an_error(label):
+    """Classes are 0 to 9, and -1 is none; no other number is taken for one of them."""
+    with pytest.raises(IndexError):
+        TOLD(*noisy(0, 2), torch.tensor([0, label]))
+
+
 # ---------------------------------------------------------------------------------- refusals, table
 
 @pytest.mark.parametrize("call, message", [
@@ -327,6 +419,10 @@ def test_embedding_equals_its_formula(t, dim):
     (lambda: MODEL(normal(0, 1, 28, 28), torch.tensor([1])), "(B, 1, H, W)"),
     (lambda: MODEL(normal(0, 2, 1, 28, 28), torch.tensor([1])), "one for each image"),
     (lambda: MODEL(normal(0, 2, 1, 28, 28), torch.tensor(1)), "one for each image"),
+    (lambda: TOLD(*noisy(0, 2), torch.tensor([1])), "label must be (2,), one for each image"),
+    (lambda: TOLD(*noisy(0, 2), torch.tensor(1)), "label must be (2,), one for each image"),
+    (lambda: MODEL(*noisy(0, 2), torch.tensor([1, 2])),
+     "this network knows no labels; build it with classes=10, say"),
     (lambda: timestep_embedding(torch.tensor([1]), 5), "even dimension"),
     (lambda: timestep_embedding(torch.tensor([1]), 2), "even dimension"),
 ])
@@ -351,7 +447,8 @@ def test_shapes_that_do_not_fit_are_refused(call, message):
     ({"channels": (8, 8, 8, 8), "blocks": (1, 1, 1, 1)}, "size",
      "size must halve 3 times, which 28 does not"),
     ({"size": 30}, "size", "size must halve 2 times, which 30 does not"),
-    ({"embedding": 5}, "embedding", "embedding must be even and at least 4, not 5")])
+    ({"embedding": 5}, "embedding", "embedding must be even and at least 4, not 5"),
+    ({"classes": -1}, "classes", "classes must be a number of classes, or 0 for none, not -1")])
 def test_size_that_does_not_fit_is_blamed_alone(sizes, blamed, message):
     """If an argument of UNet does not fit, the message names it, the one that it does not fit to,
     and no other.
@@ -365,7 +462,7 @@ def test_size_that_does_not_fit_is_blamed_alone(sizes, blamed, message):
 
 
 @pytest.mark.parametrize("sizes", [
-    dict(channels=(8, 16, 24)), dict(channels=(24, 16, 8), heads=2), dict(size=32),
+    dict(channels=(8, 16, 24)), dict(classes=3), dict(channels=(24, 16, 8), heads=2), dict(size=32),
     dict(channels=(8, 12), blocks=(2, 1), groups=4, size=14), dict(channels=(8,), blocks=(3,)),
     dict(channels=(8, 16, 16, 8), blocks=(1, 1, 1, 1), size=32, embedding=6, time_width=3)])
 def test_networks_of_other_sizes_work(sizes):
