@@ -401,7 +401,7 @@ class Guided(torch.nn.Module):
               answers alone. None is all t
 
     If model is a Labelled network (section 8) and worse is the same network without its label,
-    this is classifier-free guidance. Called as network(xt, t), as UNet is. Raises ValueError for a
+    this is classifier-free guidance [CFG Eq. 6]. Called as network(xt, t), as UNet is. Raises ValueError for a
     guidance that is not finite and for an empty interval.
     """
 
@@ -778,12 +778,16 @@ def labels_for(seeds: list[int], names: list[str], checkpoint: Checkpoint,
     if not checkpoint.classes:
         raise ValueError(f"{path} was trained without labels and cannot be asked for a class; "
                          "python train.py --labels makes a model that can")
+    # Upper and lower case count alike, unless both spellings are names of classes.
     known = {name.lower(): label for label, name in enumerate(checkpoint.classes)}
+    known |= {name: label for label, name in enumerate(checkpoint.classes)}
+    asked = []
     for name in names:
-        if name.lower() not in known:
+        label = known.get(name, known.get(name.lower()))
+        if label is None:
             raise ValueError(f"{path} knows no class {name!r}; give --classes some of "
                              f"{','.join(checkpoint.classes)}")
-    asked = [known[name.lower()] for name in names]
+        asked.append(label)
     return torch.tensor([asked[k % len(asked)] for k in range(len(seeds))])
 
 
@@ -943,7 +947,8 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
     if args.classes:
         labels = labels_for(args.seeds, args.classes, checkpoint, path)
         model = Labelled(model, labels)
-        columns = max(8, len(args.classes))  # of ten classes, each has a column
+        columns = 8 // len(args.classes) * len(args.classes)  # each class has its own columns
+        columns = max(columns, len(args.classes))
     if args.guidance != 1:
         model = guided(checkpoint, path, args.guidance, args.guide, args.interval, labels)
     model = model.to(device)

@@ -18,7 +18,8 @@ numerals.
 WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
 
     model.pt     what sample.py needs: the averaged weights (a moving average over the steps), the
-                 sizes of the network, the noise schedule, the options, the losses so far
+                 sizes of the network, the names of the classes if it knows labels, the noise
+                 schedule, the options, the losses so far
     last.pt      what --resume needs: all of model.pt, and the weights in training, the state of
                  Adam (the optimiser) and of the random generator, the order of the images
     epoch-N.pt   model.pt as it was after epoch N, to look back at; half the size, because its
@@ -124,7 +125,7 @@ class Config:
     # Where to compute it. These are not saved, because another machine has other folders.
     data: str = option(str(HERE / "data"),
                        "folder that holds MNIST/raw, or your images as CLASS/* (--dataset folder)")
-    out: str = option("", "folder for the model files; if empty, runs/DATASET[-IMAGES]")
+    out: str = option("", "folder for the model files; if empty, runs/DATASET[-labels][-IMAGES]")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
     def __post_init__(self):
@@ -391,7 +392,8 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
              batch_size: int = 128, labels: torch.Tensor | None = None) -> float:
     """Mean squared error of the predicted noise, measured in the same way every time.
 
-    model   called as model(xt, t); evaluated in eval mode and left in its own mode
+    model   called as model(xt, t), or with labels as model(xt, t, label); evaluated in eval mode
+            and left in its own mode
     images  uint8 (N, 1, H, W); image i is seen at t = 1 + (i mod T), with noise from seed 0
     labels  (N,) integers, the classes to tell the model; None tells none
 
@@ -681,7 +683,9 @@ def checkpoint_to_resume(config: Config, network=UNet) -> "Checkpoint":
     checkpoint = load_checkpoint(path, network)
     if "adam" not in checkpoint.state:
         raise ValueError(f"{path} holds no run that could go on, only a model")
-    for name, value in checkpoint.state["config"].items():
+    # A run from before there were labels has none.
+    options = {"labels": False, **checkpoint.state["config"]}
+    for name, value in options.items():
         if getattr(config, name) != value:
             raise ValueError(f"the run in {config.out} has {name} = {value}, "
                              f"not {getattr(config, name)}")
@@ -811,10 +815,16 @@ def split_images(config: Config, images: tuple | None = None) -> tuple[Examples,
 
 
 def as_examples(part: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Examples:
-    """Images, or a pair of images and labels, as Examples."""
+    """Images, or a pair of images and labels, as Examples. Raises ValueError for odd labels."""
     if isinstance(part, torch.Tensor):
         return Examples(part)
-    return Examples(*part)
+    images, labels = part
+    if labels.dtype not in (torch.int32, torch.int64) or labels.shape != images.shape[:1]:
+        raise ValueError(f"labels must be integers, one for each of {len(images)} images, not "
+                         f"{labels.dtype} {tuple(labels.shape)}")
+    if len(labels) > 0 and labels.min() < 0:
+        raise ValueError("labels must be numbers from 0")
+    return Examples(images, labels)
 
 
 def class_names(config: Config, images: tuple | None = None) -> list[str]:
