@@ -33,7 +33,8 @@ and together with early.pt. Ctrl-C finishes the step under way and writes the fi
 (one pass over the images) prints one line: its training loss, the loss on images that are held out
 (the test images, unless --val-images is given), and beside them the training loss that the blog
 "Deconstructing Diffusion Models", whose figures these five scripts redraw, published for this
-epoch.
+epoch. With --labels, which goes into runs/mnist-labels/, the loss on held-out images is measured
+twice: with every label told to the network, and with none.
 
 TRAINING LONGER. --resume goes on with the options that the run began with. Two of them, --epochs
 and --lr, may be changed. From this step on, the learning rate is then that of a run which was
@@ -320,10 +321,10 @@ def drop_labels(label: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
     Returns (B,) integers.
     """
-    # A network that is always told the class would not know what to answer without. For guidance
-    # (sample.py, section 8) it must know both answers, so it has to practise both. Whether a label
-    # is dropped is drawn for each image, not once for the batch: the gradient of a step is then
-    # always an average over images of both kinds.
+    # A network that is always told the class would not know what to answer when it is not. Guidance
+    # (sample.py, section 8) needs both answers, so the network has to practise both. Whether to
+    # drop a label is drawn for each image, not once for the whole batch, so the gradient of every
+    # step is an average over images of both kinds.
     dropped = torch.rand(label.shape, generator=generator) < DROPPED
     return torch.where(dropped, -1, label)
 

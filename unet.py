@@ -25,7 +25,7 @@ Each part answers a need:
   * Noise is a matter of single pixels, and halving destroys these. So the image of each size is
     kept on the way down and given to the way up, stacked as further channels ("skip connection").
   * How much of x_t is noise depends on t, and what to do at each size depends on that. So every
-    block is told t.
+    block is told t. (A network for labels is told in the same way which digit is in the image.)
   * Strokes in opposite corners belong to the same digit. Attention at 7x7 lets every place look
     at every other place.
   * At large t the noise is nearly x_t itself. A shortcut, not drawn above, adds a multiple of x_t
@@ -262,8 +262,8 @@ class UNet(nn.Module):
             nn.Linear(embedding, time_hidden), nn.SiLU(),
             nn.Linear(time_hidden, time_width), nn.SiLU())
 
-        # A row for each class, which is added to the time features: label c says "draw what class c
-        # has in common" to every block. The table starts at zero, as if there were no labels.
+        # For labels: a row for each class, which is added to the time features, so that every block
+        # is told the class in the same way as t. The rows start at zero, as if nothing were told.
         if classes > 0:
             self.table = nn.Parameter(torch.zeros(classes, time_width))
 
@@ -328,8 +328,8 @@ class UNet(nn.Module):
         if label is not None and self.config["classes"] == 0:
             raise ValueError("this network knows no labels; build it with classes=10, say")
 
-        # Tell the network t, and what is known of the class. A row of zeros stands in front of the
-        # table, so that -1, no label, adds nothing.
+        # Tell the network t, and the class of each image if it is known. A row of zeros in front of
+        # the table makes label -1 add nothing.
         embedding = timestep_embedding(t, self.config["embedding"]).to(xt.dtype)
         time = self.time_mlp(embedding)  # (B, time_width)
         if label is not None:
