@@ -115,8 +115,8 @@ class Config:
     Raises ValueError if an option has a value that it cannot have, see check_options.
     """
 
-    # What to compute. These are saved with the model, and a resumed run keeps them, but for epochs
-    # and lr if they are given anew.
+    # What to compute. These are saved with the model, and a resumed run keeps them. Only epochs and
+    # lr may be changed then.
     dataset: str = option("mnist", f"what to learn: {', '.join(DATASETS)}")
     epochs: int = option(15, "passes over the training images")
     batch_size: int = option(128, "images per step")
@@ -475,9 +475,7 @@ def train(config: Config, resume: bool = False,
 
         # Check that the losses are finite, but not after every step: reading a number from a GPU
         # makes the program wait until the GPU has finished.
-        first_of_plan = run.step == run.history["plans"][-1]["step"] + 1
-        early = run.step == run.early_step
-        save_now = first_of_plan or early or run.epoch_is_complete or halt
+        save_now = run.step in (run.first_step, run.early_step) or run.epoch_is_complete or halt
         if save_now or run.steps_into_epoch % 20 == 0:
             run.read_losses()
 
@@ -571,6 +569,11 @@ class Run:
         return (self.step - 1) // self.steps_per_epoch + 1
 
     @property
+    def first_step(self) -> int:
+        """The first step of the plan that the run follows now, counted from 1."""
+        return self.history["plans"][-1]["step"] + 1
+
+    @property
     def early_step(self) -> int:
         """The step after which early.pt is written: two fifteenths of all steps, at least one.
 
@@ -585,8 +588,7 @@ class Run:
 
     def plan(self, step: int, epochs: int, lr: float) -> dict[str, int | float]:
         """An entry for history["plans"], see train."""
-        return {"step": step, "steps": epochs * self.steps_per_epoch, "epochs": epochs,
-                "lr": lr}
+        return {"step": step, "steps": epochs * self.steps_per_epoch, "epochs": epochs, "lr": lr}
 
     def record(self, loss: torch.Tensor) -> None:
         """Note the loss of a step; read_losses() puts it into the history."""
@@ -725,8 +727,8 @@ def refuse_to_overwrite(config: Config) -> None:
 
 
 def checkpoint_to_resume(config: Config, network=UNet) -> "Checkpoint":
-    """Read last.pt in config.out. Raises ValueError if it is not a run with these options, but
-    for those of PLAN.
+    """Read last.pt in config.out. Raises ValueError if it is not a run with these options, apart
+    from those named in PLAN.
     """
     path = Path(config.out, "last.pt")
     checkpoint = load_checkpoint(path, network)
@@ -760,7 +762,7 @@ def report_plan(run: Run) -> None:
     if run.step == run.steps:
         print(f"{run.config.epochs} epochs are finished; to train longer, give more --epochs",
               flush=True)
-    elif run.step == run.history["plans"][-1]["step"]:
+    elif run.step + 1 == run.first_step:
         rate = run.learning_rate(run.step, run.steps, run.config)
         print(f"a new plan after step {run.step}: {run.config.epochs} epochs; the learning rate "
               f"goes on at {rate:.3g}", flush=True)
