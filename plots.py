@@ -312,7 +312,7 @@ def plot_loss(material: Material) -> Figure:
         seeds                  the band from the lowest to the highest held-out loss of several
                                runs, trained by `python -m tests.experiments.seeds --data DIR`
         new plan               where `train.py --resume --epochs N` made a run of your own longer.
-                               The learning rate jumps up there, and the loss with it for a moment
+                               The learning rate jumps up there, and the loss may rise at first
     """
     history = material.checkpoint.history
     config = material.checkpoint.config

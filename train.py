@@ -38,10 +38,10 @@ twice: with every label told to the network, and with none.
 
 TRAINING LONGER. --resume goes on with the options that the run began with. Two of them, --epochs
 and --lr, may be changed. From this step on, the learning rate is then that of a run which was
-planned so from the beginning; there is no second warm-up. In a finished run it has fallen to 0.
-With twice as many epochs it jumps back to about half of its highest value, so the loss rises for a
-moment before it falls below where it was. If early.pt has been written, it stays; otherwise it
-follows the new plan. model.pt is soon overwritten, but epoch-15.pt keeps the model of the old plan.
+planned so from the beginning, so there is no second warm-up. In a finished run it has fallen to 0.
+With twice as many epochs it jumps back to about half of its highest value, and the loss may rise
+for some steps before it falls below where it was. If early.pt has been written, it stays; otherwise
+it follows the new plan. model.pt is overwritten, but epoch-15.pt keeps the model of the old plan.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
