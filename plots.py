@@ -287,9 +287,10 @@ def draw_new_plans(ax: Axes, plans: list[dict]) -> None:
     for plan in plans[1:]:  # the first is not new
         epoch = plan["step"] / plan["steps"] * plan["epochs"]
         ax.axvline(epoch, color=FAINT, linewidth=1, linestyle=":")
-        ax.text(epoch, 0.98, f" new plan: {plan['epochs']} epochs, learning rate {plan['lr']:g} ",
-                color=FAINT, fontsize=9, rotation=90, ha="right", va="top",
-                transform=ax.get_xaxis_transform())  # from 0 at the bottom to 1 at the top
+        ax.annotate(f"new plan: {plan['epochs']} epochs, learning rate {plan['lr']:g}",
+                    xy=(epoch, 0.98), xycoords=ax.get_xaxis_transform(),  # 1 is the top
+                    xytext=(-3, 0), textcoords="offset points", rotation=90, ha="right", va="top",
+                    color=FAINT, fontsize=9)
 
 
 def plot_loss(material: Material) -> Figure:

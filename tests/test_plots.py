@@ -295,7 +295,7 @@ def test_loss_of_a_run_with_a_new_plan_is_marked_where_it_began(material):
     ax = script.plot_loss(other).axes[0]
     drawn = ax.lines[lines:]
     assert [list(line.get_xdata()) for line in drawn] == [[2.5, 2.5], [5, 5]]
-    assert [text.get_text().strip() for text in ax.texts[-2:]] == [
+    assert [text.get_text() for text in ax.texts[-2:]] == [
         "new plan: 6 epochs, learning rate 0.003", "new plan: 10 epochs, learning rate 0.5"]
 
 
