@@ -29,6 +29,7 @@ The notation is that of schedule.py. Sources: [DDPM] Ho, Jain and Abbeel 2020, a
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,16 +37,24 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from matplotlib import rc_context
+
+if __name__ == "__main__":  # the user's choice of a window for figures may not be installed here
+    os.environ["MPLBACKEND"] = "Agg"
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # and not pyplot, whose state all figures would share
+from matplotlib.style import context as style_context
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from tqdm import tqdm
 
+if sys.flags.safe_path:  # python -P does not look into the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from sample import SHIPPED, draw_grid, open_checkpoint, sample
-from schedule import NoiseSchedule, Parser
-from train import BLOG_LOSS, DATASETS, HERE, Checkpoint, from_uint8
+from schedule import NoiseSchedule, Parser, forgiving_output
+from train import (
+    BLOG_LOSS, DATASETS, HERE, Checkpoint, from_uint8, make_folder, replacement_of)
 from unet import pick_device, prepare_device, timestep_embedding
 
 # The seeds of the generated images in section 2, and the one of them whose trajectory is drawn.
@@ -143,7 +152,8 @@ def forward_images(schedule: NoiseSchedule, x0: torch.Tensor) -> list[tuple[int,
     Each image gets the same noise ε at every t, so that only the two factors of x_t change.
     """
     levels = [round(schedule.T * share) for share in (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 1)]
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
     return [(t, schedule.q_sample(x0, t, eps)) for t in levels]
 
 
@@ -1147,8 +1157,9 @@ def describe_origin(material: Material) -> str:
 def save_animation(material: Material, path: Path) -> None:
     """Write the animation: 80 milliseconds a frame, the digits three seconds, again and again."""
     first, *others = animation_frames(material)
-    first.save(path, save_all=True, append_images=others, loop=0, comment=describe_origin(material),
-               duration=[80] * len(others) + [3000])
+    with replacement_of(path) as file:
+        first.save(file, format="GIF", save_all=True, append_images=others, loop=0,
+                   comment=describe_origin(material), duration=[80] * len(others) + [3000])
 
 
 def draw(name: str, material: Material, folder: Path) -> Path:
@@ -1157,7 +1168,7 @@ def draw(name: str, material: Material, folder: Path) -> Path:
     The same material gives the same file, byte for byte. Returns its path; raises OSError if it
     cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if name == "animation":
         path = folder / "animation.gif"
         save_animation(material, path)
@@ -1167,8 +1178,10 @@ def draw(name: str, material: Material, folder: Path) -> Path:
     metadata = {"Description": describe_origin(material), "Software": None}
     path = folder / f"{name}.png"
     plot = (FIGURES | CLAIMS)[name]
-    with rc_context(STYLE):
-        plot(material).savefig(path, metadata=metadata)
+    with style_context(["default", STYLE]):  # and nothing of the user's own settings
+        figure = plot(material)
+        with replacement_of(path) as file:
+            figure.savefig(file, format="png", metadata=metadata)
     return path
 
 
@@ -1210,9 +1223,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Draw the figures of the book from a trained model.")
     parser.add_argument("names", nargs="*", metavar="FIGURE",
                         help=f"what to draw: {', '.join(KNOWN)} (default: all)")
-    parser.add_argument("--checkpoint", metavar="FILE",
+    parser.add_argument("--checkpoint", type=os.path.expanduser, metavar="FILE",
                         help="model file (default: your own finished run, else the shipped one)")
-    parser.add_argument("--out", metavar="DIR",
+    parser.add_argument("--out", type=os.path.expanduser, metavar="DIR",
                         help="folder for the figures (default: figures/ beside the model file; for "
                              "the shipped model, beside the scripts)")
     parser.add_argument("--device", default="auto",
@@ -1248,6 +1261,7 @@ def draw_all(args: argparse.Namespace) -> None:
         print("wrote", draw(name, material, folder), flush=True)
 
 
+@forgiving_output()
 def main(argv: list[str] | None = None) -> None:
     """The command line. If something is missing or damaged, exit with one line on stderr."""
     args = parse_arguments(argv)
@@ -1256,7 +1270,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; figures named above are complete", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         first_line = str(error).partition("\n")[0]
         sys.exit(f"plots.py: {first_line}")
 

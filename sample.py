@@ -41,8 +41,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from schedule import NoiseSchedule, Parser
-from train import DATASETS, EARLY, HERE, Checkpoint, load_checkpoint
+if sys.flags.safe_path:  # python -P does not look into the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from schedule import NoiseSchedule, Parser, forgiving_output
+from train import DATASETS, EARLY, HERE, Checkpoint, load_checkpoint, make_folder, replacement_of
 from unet import pick_device, prepare_device
 
 VARIANCES = ("beta_tilde", "beta", "zero")  # of the fresh noise in p_step
@@ -86,10 +89,11 @@ def draw_digit(model: torch.nn.Module, schedule: NoiseSchedule, seed: int) -> to
     The same as the last image of sample(model, schedule, [seed]), which can do more.
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 1, 28, 28, generator=generator)
+    x = torch.randn(1, 1, 28, 28, generator=generator, dtype=torch.float32)
     for t in range(schedule.T, 0, -1):
         eps_hat = model(x, torch.tensor([t]))
-        x = p_step(schedule, x, t, eps_hat, noise=torch.randn(x.shape, generator=generator))
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        x = p_step(schedule, x, t, eps_hat, noise)
     return x
 
 
@@ -512,7 +516,9 @@ class Labelled(torch.nn.Module):
 
 def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise, an image of this shape from each generator, on the CPU."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    noise = [torch.randn(shape, generator=generator, dtype=torch.float32)
+             for generator in generators]
+    return torch.stack(noise)
 
 
 @torch.no_grad()
@@ -537,7 +543,8 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 
     Yields (t, xt, x0_hat) for each of timesteps(): images of noise level t and the prediction x̂₀
     made from them, both (B, C, H, W) on the device of the model. At t = 0 both are the finished
-    images. Raises ValueError for impossible arguments, when the first triple is asked for.
+    images. Raises ValueError for impossible arguments, when the first triple is asked for, and
+    FloatingPointError after a triple whose prediction is not finite.
     """
     check_choices(seeds, sampler, variance, eta)
     if sampler == "sde-dpm++":
@@ -572,6 +579,7 @@ def sample(model: torch.nn.Module, schedule: NoiseSchedule, seeds: list[int],
 
         # Take the step.
         noise = draw_noise(generators, shape).to(device)
+        check_finite(t, eps_hat, x0_hat, clip)
         if sampler == "ddpm":
             xt = p_step(schedule, xt, t, eps_hat, noise, t_prev, variance, clip)
         elif sampler == "ddim":
@@ -649,6 +657,17 @@ def check_choices(seeds: list[int], sampler: str, variance: str, eta: float) -> 
         raise ValueError(f"{sampler} has no choice of variance; only ddpm has")
     if eta != 0 and sampler != "ddim":
         raise ValueError(f"{sampler} has no eta; only ddim has")
+
+
+def check_finite(t: int, eps_hat: torch.Tensor, x0_hat: torch.Tensor, clip: bool) -> None:
+    """Raise FloatingPointError if a prediction is not finite: no digit can come of it.
+
+    sample() asks when it has moved noise to the device, which waits for the device anyway.
+    """
+    if (eps_hat.isfinite() & x0_hat.isfinite()).all():
+        return
+    advice = "take another model file" if clip else "clip the predicted images (no --no-clip)"
+    raise FloatingPointError(f"the prediction is not finite at t = {t}; {advice}")
 
 
 def check_start(start: tuple[int, torch.Tensor], schedule: NoiseSchedule,
@@ -840,7 +859,7 @@ def make_parser() -> Parser:
     parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
                         help="go beyond the model, away from a worse one: 1 is no guidance, 2 is "
                              "usual (default: %(default)s)")
-    parser.add_argument("--guide", metavar="FILE",
+    parser.add_argument("--guide", type=os.path.expanduser, metavar="FILE",
                         help="model file of the worse one, an earlier state (default: with "
                              "--digits or --classes, the model itself without labels; else "
                              "early.pt beside the model or the file of its epoch 2 of 15)")
@@ -851,11 +870,12 @@ def make_parser() -> Parser:
                              f"of the chain, {len(RESTARTS)} times")
     parser.add_argument("--no-clip", dest="clip", action="store_false",
                         help="do not clip the predicted clean image to [-1, 1]")
-    parser.add_argument("--checkpoint", metavar="FILE",
+    parser.add_argument("--checkpoint", type=os.path.expanduser, metavar="FILE",
                         help="model file (default: your own finished run, else the shipped one)")
-    parser.add_argument("--out", metavar="PNG",
+    parser.add_argument("--out", type=os.path.expanduser, metavar="PNG",
                         help="picture to write (default: samples.png beside the model)")
-    parser.add_argument("--gif", metavar="GIF", help="write the way there as an animation, too")
+    parser.add_argument("--gif", type=os.path.expanduser, metavar="GIF",
+                        help="write the way there as an animation, too")
     parser.add_argument("--device", default="auto",
                         help="cuda, mps or cpu; auto is the first that is there "
                              "(default: %(default)s)")
@@ -878,10 +898,10 @@ def files_to_write(out: str | None, gif: str | None, model_path: Path) -> list[P
         files.append(Path(gif))
 
     # What cannot be written should fail now, not after a minute of sampling.
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir() or not os.access(file.parent, os.W_OK):
-            raise OSError(f"cannot write {file}; name another file")
+    for file, option in zip(files, ("--out", "--gif")):
+        make_folder(file.parent, option)
+        if file.is_dir():
+            raise OSError(f"{file} is a folder; name another file by {option}")
     return files
 
 
@@ -951,13 +971,16 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
     description = PngInfo()
     description.add_text("Description", f"{path.name}, {DATASETS[checkpoint.config.dataset]}, "
                          f"seeds {args.seeds}, {describe_chain(args, len(levels) - 1)}")
-    draw_grid(digits, columns=columns).save(files[0], pnginfo=description)
+    with replacement_of(files[0]) as file:
+        draw_grid(digits, columns=columns).save(file, format="PNG", pnginfo=description)
     if args.gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
-        frames[0].save(args.gif, save_all=True, append_images=frames[1:], loop=0,
-                       duration=[80] * (len(frames) - 1) + [3000])
+        with replacement_of(files[1]) as file:
+            frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                           duration=[80] * (len(frames) - 1) + [3000])
     return files
 
 
+@forgiving_output()
 def main(argv: list[str] | None = None) -> None:
     # Read the options. What can never work ends here, with exit status 2.
     parser = make_parser()
@@ -977,9 +1000,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print("wrote", *write_pictures(args))
     except KeyboardInterrupt:
-        print("\nstopped; pictures may be missing or cut short", file=sys.stderr)
+        print("\nstopped; pictures that were there are kept", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit("sample.py: " + str(error).partition("\n")[0])
 
 

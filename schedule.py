@@ -32,7 +32,13 @@ Salimans, Poole and Ho 2021, "Variational Diffusion Models", arXiv 2107.00630.
 """
 
 import argparse
+import errno
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO
 
 import torch
 
@@ -345,11 +351,84 @@ def check_signal(alpha_bar: torch.Tensor, allow_signal: bool) -> None:
             "allow_signal=True")
 
 
+def advice_for_command_line(error: ValueError, option: str) -> str:
+    """What is wrong with a schedule, and what can be done about it on a command line.
+
+    error   raised by NoiseSchedule, whose own advice is for those who call it
+    option  the option of this command line that names the kind of schedule
+    """
+    fault = str(error).partition(";")[0]
+    return f"{fault}; give another --T (1000 is usual) or {option} cosine"
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are answered in one line, without the list of options."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+class Output:
+    """Standard output or standard error of a script that does its work even if no one reads.
+
+    What is written to a stream that is closed (None), to a pipe whose reader has left, as in
+    `| head -1`, or to a terminal that was closed, is dropped. Letters that the encoding of the
+    stream lacks are replaced by question marks.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, errors="replace").decode(encoding)
+        self._attempt("write", printable)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def _attempt(self, method: str, *arguments: str) -> None:
+        """Call a method of the stream, if there is a stream and someone who reads it."""
+        if self.stream is None:
+            return
+        try:
+            getattr(self.stream, method)(*arguments)
+        except OSError as error:
+            # Windows calls a pipe without a reader an invalid argument.
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EINVAL):
+                raise
+            # What the stream still holds must go somewhere when Python closes it at the end.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)  # all else is as in the stream
+
+
+@contextmanager
+def forgiving_output() -> Iterator[None]:
+    """Let nothing that is printed stop a script; see Output. Also a decorator for main()."""
+    # C libraries write their messages to file 2, whatever it is. If standard error is closed, the
+    # next file that is opened, perhaps a model file, gets this number, and the messages. So take up
+    # the numbers 0 to 2 first, if they are free.
+    number = 0
+    while number <= 2:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+
+    output = Output(sys.stdout)
+    errors = Output(sys.stderr)
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            output.flush()
+            errors.flush()
 
 
 def print_table(schedule: NoiseSchedule) -> None:
@@ -376,6 +455,7 @@ def print_check(schedule: NoiseSchedule, x0: float = 0.5, chains: int = 20_000) 
             print(f"{t:5d} {x.mean():10.4f} {mean:10.4f} {x.std():10.4f} {std:10.4f}")
 
 
+@forgiving_output()
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Print a noise schedule.")
     parser.add_argument("--T", type=int, default=1000,
@@ -385,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         schedule = NoiseSchedule(args.T, args.kind)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(advice_for_command_line(error, "--kind"))
     print_table(schedule)
     print_check(schedule)
 

@@ -2,6 +2,7 @@
 
     python train.py                        15 epochs on MNIST, into runs/mnist/
     python train.py --data DIR             the same, with MNIST from DIR/MNIST/raw
+    python train.py --dataset folder --data DIR   your own images, from DIR/CLASS/*
     python train.py --resume               go on with a run that was stopped
     python train.py --resume --epochs 30   train a run longer, whether it was stopped or is finished
     python train.py --labels               tell the network the digits, to draw what is asked for
@@ -29,12 +30,13 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
                  held_out and seconds; with --labels also held_out_untold, see train()
 
 All but early.pt are written at the end of each epoch, the first two also after the very first step
-and together with early.pt. Ctrl-C finishes the step under way and writes the first two. An epoch
-(one pass over the images) prints one line: its training loss, the loss on images that are held out
-(the test images, unless --val-images is given), and beside them the training loss that the blog
-"Deconstructing Diffusion Models", whose figures these five scripts redraw, published for this
-epoch. With --labels, which goes into runs/mnist-labels/, the loss on held-out images is measured
-twice: with every label told to the network, and with none.
+and together with early.pt. After Ctrl-C, or if the terminal is closed, the step under way is
+finished and the first two are written. An epoch (one pass over the images) prints one line: its
+training loss, the loss on images that are held out (the test images, unless --val-images is given),
+and beside them the training loss that the blog "Deconstructing Diffusion Models", whose figures
+these five scripts redraw, published for this epoch. With --labels, which goes into
+runs/mnist-labels/, the loss on held-out images is measured twice: with every label told to the
+network, and with none.
 
 TRAINING LONGER. --resume goes on with the options that the run began with. Two of them, --epochs
 and --lr, may be changed. From this step on, the learning rate is then that of a run which was
@@ -60,10 +62,11 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -74,7 +77,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from schedule import KINDS, NoiseSchedule, Parser
+if sys.flags.safe_path:  # python -P does not look into the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from schedule import KINDS, NoiseSchedule, Parser, advice_for_command_line, forgiving_output
 from unet import UNet, pick_device, prepare_device
 
 HERE = Path(__file__).resolve().parent
@@ -132,7 +138,8 @@ class Config:
     labels: bool = option(False, "tell the network the class of each image, to draw what is asked")
 
     # Where to compute it. These are not saved, because another machine has other folders.
-    data: str = option(str(HERE / "data"), "folder with MNIST/raw, or one of images for each class")
+    data: str = option(str(HERE / "data"),
+                       "folder that holds MNIST/raw, or your images as CLASS/* (--dataset folder)")
     out: str = option("", "folder for the model files; if empty, runs/DATASET[-IMAGES]")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
@@ -292,7 +299,7 @@ def training_step(run: "Run", x0: torch.Tensor,
     t = run.draw_t(len(x0), run.schedule.T, run.generator)
 
     # Line 4: draw the noise. All of it comes from the CPU, so every device sees the same noise.
-    eps = torch.randn(x0.shape, generator=run.generator)
+    eps = torch.randn(x0.shape, generator=run.generator, dtype=x0.dtype)
 
     # With --labels: keep the label of some images from the network.
     if label is not None:
@@ -325,7 +332,7 @@ def drop_labels(label: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     # (sample.py, section 8) needs both answers, so the network has to practise both. Whether to
     # drop a label is drawn for each image, not once for the whole batch, so the gradient of every
     # step is an average over images of both kinds.
-    dropped = torch.rand(label.shape, generator=generator) < DROPPED
+    dropped = torch.rand(label.shape, generator=generator, dtype=torch.float32) < DROPPED
     return torch.where(dropped, -1, label)
 
 
@@ -409,7 +416,8 @@ def evaluate(model: torch.nn.Module, schedule: NoiseSchedule, images: torch.Tens
     T; otherwise small t count a little more.
     """
     # Prepare the same noise and the same t every time.
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32)
     levels = 1 + torch.arange(len(images)) % schedule.T
     device = next(model.parameters()).device
     was_training = model.training
@@ -443,7 +451,7 @@ def train(config: Config, resume: bool = False,
     resume         go on from last.pt in config.out, bit for bit as if the run had never stopped.
                    If config.epochs or config.lr is not that of the run, it follows this new plan
                    from here on
-    images         training and held-out images, uint8 (N, 1, H, W) each, or pairs of images and
+    images         training and held-out images, uint8 (N, 1, H, H) each, or pairs of images and
                    labels, (N,) integers from 0; None reads config.dataset
     network        builds the network: network(size=28), with labels also classes=10, or
                    network(**model.config) on resuming
@@ -528,7 +536,7 @@ class Run:
         prepare_device(self.device)
 
         # The initial weights come from torch's global generator, which is put back as it was.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), float32_by_default():
             torch.default_generator.manual_seed(config.seed)
             self.model = network(**sizes).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
@@ -781,6 +789,20 @@ def report(run: Run) -> None:
         print(line, flush=True)
 
 
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Let torch create float32 tensors, whatever default dtype the caller has set.
+
+    Also a decorator. Random numbers drawn in float64 would have other values, not only more digits.
+    """
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
 # ------------------------------------------------------------------------------ the images
 #
 # To train on 32x32 colour images, such as CIFAR-10, change
@@ -801,7 +823,7 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Examples:
-    """Images, uint8 (N, 1, H, W), and the class of each, (N,) integers; None: not told."""
+    """Images, uint8 (N, 1, H, H), and the class of each, (N,) integers; None: not told."""
     images: torch.Tensor
     labels: torch.Tensor | None = None
 
@@ -820,7 +842,7 @@ def split_images(config: Config, images: tuple | None = None) -> tuple[Examples,
     images  both parts before config.images and config.val_images are applied, as train() takes
             them; None reads them
 
-    Raises ValueError if there are too few, OSError as load_images does.
+    Raises ValueError if there are too few or they are not bytes, OSError as load_images does.
     """
     # Read the training images and the test images. Only a process that is alone may download:
     # several would write the same files at once.
@@ -828,8 +850,15 @@ def split_images(config: Config, images: tuple | None = None) -> tuple[Examples,
         alone = process_count() == 1
         training = Examples(*load_images(config.data, True, config.dataset, download=alone))
         held_out = Examples(*load_images(config.data, False, config.dataset, download=alone))
+        print(note_on_files(config.data, config.dataset), end="", flush=True)
     else:
         training, held_out = map(as_examples, images)
+        for part in (training, held_out):
+            check_images(part.images, "the images given")
+        if training.images.shape[1:] != held_out.images.shape[1:]:
+            raise ValueError("training and held-out images differ in size")
+
+    # Forget the labels, or make sure that there are some.
     if not config.labels:
         training.labels = held_out.labels = None
     elif training.labels is None or held_out.labels is None:
@@ -870,10 +899,9 @@ def class_names(config: Config, images: tuple | None = None) -> list[str]:
         return [str(k) for k in range(highest + 1)]
     if config.dataset in ("mnist", "builtin"):
         return list("0123456789")
-    from torchvision import datasets
     if config.dataset == "folder":
-        names, _ = datasets.folder.find_classes(config.data)
-        return names
+        return folders_of_images(config.data)[0].classes
+    from torchvision import datasets
     return getattr(datasets, DATASETS[config.dataset]).classes
 
 
@@ -882,55 +910,241 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
     """Read all images of a data set, or the part of it that is held out.
 
     data      a folder with MNIST/raw (FashionMNIST/raw, KMNIST/raw) in it; for the data set
-              "folder", one that has a folder of images for each class
+              "folder", one that has a folder of images for each class, or two such folders, train
+              and test
     train     True for the training images, False for the test images
     dataset   a name in DATASETS
-    download  fetch files that are missing
+    download  fetch files that are missing, into the default folder, a folder that is empty, or one
+              that holds MNIST, FashionMNIST or KMNIST already
 
     Returns the images, uint8 (N, 1, 28, 28), and their labels, int64 (N,). Raises
-    FileNotFoundError if they are missing and cannot be downloaded, ValueError if they are damaged.
+    FileNotFoundError if they are missing and cannot be downloaded, ValueError if a file is damaged,
+    if all images are alike, or if many are blank.
     """
     if dataset == "builtin":
         return builtin_digits(60_000, seed=0) if train else builtin_digits(10_000, seed=1)
     if dataset == "folder":
-        return images_of_folder(data, train)
+        images, labels = images_of_folder(data, train)
+    else:
+        images, labels = images_of_mnist(data, train, dataset, download)
+    check_images(images, f"the {'training' if train else 'held-out'} images in {data}")
+    return images, labels
 
+
+def check_images(images: torch.Tensor, source: str) -> None:
+    """Raise ValueError if there is nothing to learn from these images; source says which they are.
+
+    They must be uint8 (N, C, H, H), not all the same, and almost none of them blank.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"{source} must be a tensor of bytes, torch.uint8 (N, 1, H, H), not "
+                         f"{images.dtype} {tuple(images.shape)}")
+    if len(images) < 2:
+        return
+
+    # A copy that broke off can leave a file of the right length that ends in zeros.
+    pixels = images.flatten(1)
+    blank = (pixels.amin(dim=1) == pixels.amax(dim=1)).sum().item()
+    if blank > max(1, len(images) // 100):
+        raise ValueError(f"{blank:,} of {source} ({len(images):,}) are blank, each of a single "
+                         "grey level; replace or remove them")
+    if len(images) > 2 and all(torch.equal(image, images[0]) for image in images):
+        raise ValueError(f"{source} are all alike; there is nothing to learn")
+
+
+# torchvision knows the checksums of what it downloads, which is compressed. These are the MD5 sums
+# of the files that it unpacks.
+CHECKSUMS = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+
+
+def note_on_files(data: str | Path, dataset: str) -> str:
+    """A line that says which files are not those of MNIST as published; empty if all are."""
+    if dataset != "mnist":
+        return ""
+    from torchvision.datasets.utils import check_integrity
+    raw = Path(data, "MNIST", "raw")
+    others = [name for name, md5 in CHECKSUMS.items() if not check_integrity(raw / name, md5)]
+    if not others:
+        return ""
+    return (f"note: not MNIST as it was published, but taken as it is: {', '.join(others)} in "
+            f"{raw}; if you did not change it, delete it and start again\n")
+
+
+def images_of_mnist(data: str | Path, train: bool, dataset: str,
+                    download: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of MNIST, FashionMNIST or KMNIST in its own four files; see load_images."""
     # torchvision takes seconds to import, so this is not done at the top of the file.
     from torchvision import datasets
     kind = getattr(datasets, DATASETS[dataset])
     raw = Path(data, kind.__name__, "raw")
     names = [Path(url).stem for url, _ in kind.resources]
+
+    # Find the files, or download them.
+    if not all((raw / name).exists() for name in names):
+        refuse_foreign_folder(data, kind.__name__)
+        if download:
+            reason = failure_of_download(kind, data)
+        else:
+            reason = "only a process that is alone downloads it"
+        if reason:
+            raise FileNotFoundError(
+                f"no {kind.__name__} in {raw}: {reason}; put there, unpacked, {', '.join(names)} "
+                f"from {kind.mirrors[0]}, or name their folder by --data")
+
+    # Read them.
     try:
-        with redirect_stdout(None):  # torchvision prints about its failed attempts
-            part = kind(data, train=train, download=download)
+        part = kind(data, train=train)
         if len(part.data) != len(part.targets):
             raise ValueError("not as many labels as images")
     except Exception as error:  # torchvision raises many kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
-        if all((raw / name).exists() for name in names):
-            raise ValueError(f"{raw} is damaged ({reason}); delete it and start again") from error
-        raise FileNotFoundError(
-            f"no {kind.__name__} in {raw}, and no download ({reason}); put there, unpacked, "
-            f"{', '.join(names)} from {kind.mirrors[0]}, or name their folder by --data") from error
+        raise ValueError(f"{raw} is damaged ({reason}); delete it and start again") from error
     return part.data[:, None], part.targets
+
+
+def refuse_foreign_folder(data: str | Path, name: str) -> None:
+    """Raise FileNotFoundError if the data set of this name should not be written into a folder."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    folder = Path(data)
+    if folder.resolve() == Path(Config.data).resolve():
+        return
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no {name}: there is no folder {data}")
+
+    # Look for images as deep as DATA/train/CLASS/*.
+    for pattern in ("*", "*/*", "*/*/*"):
+        for path in folder.glob(pattern):
+            if path.suffix.lower() in IMG_EXTENSIONS:
+                raise FileNotFoundError(f"no {name} in {data}, but image files; to learn these, "
+                                        "add --dataset folder")
+
+    # Look for anything else.
+    entries = {path.name for path in folder.iterdir()}
+    if entries and entries.isdisjoint({"MNIST", "FashionMNIST", "KMNIST"}):
+        raise FileNotFoundError(f"no {name} in {folder / name / 'raw'}, and it is not downloaded "
+                                "among other files; name an empty folder or leave out --data")
+
+
+def failure_of_download(kind: type, data: str | Path) -> str:
+    """Download a data set of torchvision. What went wrong, or nothing; no empty folder is left."""
+    raw = Path(data, kind.__name__, "raw")
+    new = [folder for folder in (raw, raw.parent, Path(data)) if not folder.exists()]
+    try:
+        with redirect_stdout(None):  # torchvision prints about its failed attempts
+            kind(data, download=True)
+        return ""
+    except Exception as error:  # torchvision raises many kinds
+        reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
+        return f"the download failed ({reason})"
+    finally:
+        for folder in new:  # the innermost first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def images_of_folder(data: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The images in DATA/CLASS/*, made grey and 28x28, in a fixed random order; see load_images.
 
-    Every tenth image of this order is held out.
+    If DATA has a folder for training and one for testing, these are the two parts. Otherwise every
+    tenth image of the order is held out.
     """
-    from torchvision import datasets, transforms
-    as_bytes = transforms.Compose([transforms.Grayscale(), transforms.Resize((28, 28)),
-                                   transforms.PILToTensor()])
-    folder = datasets.ImageFolder(data, as_bytes)
-    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = [i for k, i in enumerate(order) if (k % 10 > 0) == train]
+    parts = folders_of_images(data)
+    folder = parts[0] if train else parts[-1]
+    chosen = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist()
+    if len(parts) == 1:
+        chosen = [i for k, i in enumerate(chosen) if (k % 10 > 0) == train]
     images = torch.zeros(len(chosen), 1, 28, 28, dtype=torch.uint8)
     labels = torch.zeros(len(chosen), dtype=torch.int64)
     for row, i in enumerate(chosen):
         images[row], labels[row] = folder[i]
     return images, labels
+
+
+# What people call the folder of training images, and the one of images that are held out.
+TRAINING_NAMES = ("train", "training")
+HELD_OUT_NAMES = ("test", "testing", "val", "valid", "validation")
+
+
+def folders_of_images(data: str | Path) -> list:
+    """DATA/CLASS/* as one ImageFolder of torchvision, or DATA/train/CLASS/* and DATA/test/CLASS/*.
+
+    Other names of the two are listed above; of several, the first that exists counts.
+
+    Raises FileNotFoundError if a class has no image, ValueError if the classes of the two differ.
+    """
+    from torchvision.datasets import ImageFolder
+
+    # See whether the images are split already.
+    def first_that_exists(names: tuple[str, ...]) -> list[Path]:
+        return [Path(data, name) for name in names if Path(data, name).is_dir()][:1]
+
+    paths = first_that_exists(TRAINING_NAMES) + first_that_exists(HELD_OUT_NAMES)
+    if len(paths) < 2:
+        paths = [Path(data)]
+
+    # List the images.
+    try:
+        parts = [ImageFolder(path, loader=read_picture) for path in paths]
+    except OSError as error:
+        raise FileNotFoundError(f"no images of classes in {data} ({error}); name by --data a "
+                                "folder that has a folder of images for each class") from error
+    differing = set(parts[0].classes) ^ set(parts[-1].classes)
+    if differing:
+        raise ValueError(f"{paths[0]} and {paths[1]} must have the same classes; one of them lacks "
+                         f"{', '.join(sorted(differing))}")
+    return parts
+
+
+def read_picture(path: str) -> torch.Tensor:
+    """Read an image file: grey, turned as a viewer shows it, 28x28, uint8 (1, 28, 28).
+
+    An image that is not square keeps its shape, and is padded with the grey level of its border.
+    Raises ValueError, which names the file, if it cannot be read right.
+    """
+    from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
+            grey = grey_levels(picture)  # (H, W)
+        border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+        square = ImageOps.pad(Image.fromarray(grey.numpy()), (28, 28), Image.Resampling.BILINEAR,
+                              color=border.median().item())
+        return pil_to_tensor(square)
+    except Exception as error:  # PIL raises many kinds
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot read {path} ({reason})") from error
+
+
+def grey_levels(picture) -> torch.Tensor:
+    """The grey levels of a PIL image, uint8 (H, W). Raises ValueError if their range is unknown."""
+    import numpy  # PIL hands over more than 8 bits in this way only
+    from torchvision.transforms.functional import pil_to_tensor
+
+    # More than 8 bits for each pixel.
+    highest = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "F": 1}
+    if picture.format in ("PNG", "PPM"):
+        highest["I"] = 65535  # PIL has no 16-bit mode for these
+    if picture.mode in highest:
+        levels = torch.tensor(numpy.array(picture, "float64")) / highest[picture.mode]
+        if not (levels.min() >= 0 and levels.max() <= 1):  # NaN fails, too
+            raise ValueError("its floating-point numbers are not between 0 and 1")
+        return (levels * 255).round().to(torch.uint8)
+    if picture.mode == "I":
+        raise ValueError("its integers have 32 bits and no known range; save it with 8 or 16 bits")
+    if not picture.has_transparency_data:
+        return pil_to_tensor(picture.convert("L"))[0]
+
+    # Transparent pixels get the colour that differs most from the mean of the others.
+    picture = picture.convert("RGBA")
+    grey = pil_to_tensor(picture.convert("L"))[0].double()
+    alpha = pil_to_tensor(picture.getchannel("A"))[0].double() / 255
+    is_light = (grey * alpha).sum() > 127.5 * alpha.sum()
+    ground = 0 if is_light else 255
+    return (grey * alpha + ground * (1 - alpha)).round().to(torch.uint8)
 
 
 def read_glyphs() -> torch.Tensor:
@@ -941,6 +1155,7 @@ def read_glyphs() -> torch.Tensor:
         return rearrange(to_tensor(picture), "1 (font h) (digit w) -> font digit 1 h w", h=28, w=28)
 
 
+@float32_by_default()
 def builtin_digits(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Digits for machines without MNIST: printed numerals, bent a little, to look like MNIST.
 
@@ -1020,13 +1235,34 @@ def load_checkpoint(path: str | Path, network: Callable[..., torch.nn.Module] = 
         raise ValueError(f"{path} is damaged, or no model file of ours; train anew") from error
 
 
+@contextmanager
+def replacement_of(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside the old one, which it replaces only when it is complete.
+
+    Raises OSError if it cannot be written; then it is removed, and the old one is as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file)  # now it is on the disk, not only on its way there
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch turns the first into the second
+        raise OSError(f"cannot write {path} ({error}); what was there is kept") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()  # it is still there if something went wrong
+
+
 def save(path: Path, state: dict) -> None:
-    """Write a model file, as write_whole does."""
-    write_whole(path, lambda file: torch.save(state, file))
+    """Write a model file, see replacement_of."""
+    with replacement_of(path) as file:
+        torch.save(state, file)
 
 
 def save_history(path: Path, history: dict[str, list]) -> None:
-    """Write the losses and the seconds of all finished epochs as a table, as write_whole does."""
+    """Write the losses and the seconds of all finished epochs as a table, see replacement_of."""
     columns = ["loss", "held_out", "seconds"]
     if "held_out_untold" in history:
         columns.append("held_out_untold")
@@ -1036,26 +1272,19 @@ def save_history(path: Path, history: dict[str, list]) -> None:
     numbers = zip(*[history[name] for name in columns])  # for each epoch, one of each column
     for epoch, row in enumerate(numbers, start=1):
         table.writerow([epoch, *row])
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    with replacement_of(path) as file:
+        file.write(text.getvalue().encode())
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file beside the old one, which it replaces only when it is complete.
-
-    write  called as write(file) with the new file, opened for bytes
-
-    Raises OSError if the file cannot be written; the old one is kept.
-    """
-    part = path.with_name(path.name + ".part")
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Make a folder for files, if there is none. Raises OSError if one cannot write into it."""
     try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file)  # now it is on the disk, not only on its way there
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch turns the first into the second
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}); what was there is kept") from error
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"no folder {folder} can be made ({error.strerror}); "
+                      f"name another place by {option}") from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"you may not write into {folder}; name another place by {option}")
 
 
 def save_run(run: Run) -> None:
@@ -1063,7 +1292,7 @@ def save_run(run: Run) -> None:
     if not is_first_process():
         return
     out = Path(run.config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     state = run.state_dict()
     run.check_finite(sum(weight.sum().item() for weight in state["average"].values()))
     parts = ("config", "network", "classes", "history", "betas", "average")
@@ -1092,6 +1321,11 @@ def process_count() -> int:
 
 def is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def may_complain() -> bool:
+    """Whether this process says what is wrong if all fail alike: the first on its machine does."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def own_share(*batch: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -1144,23 +1378,76 @@ def joined_processes(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Collect SIGINT (Ctrl-C) and SIGTERM in a list, so that no step is cut in two.
+    """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP in a list, so that no step is cut in two.
 
-    A second signal ends the program at once, unless torchrun is in charge, which always sends two.
+    A second signal ends the program at once, with two exceptions: torchrun sends every signal
+    twice, and when a terminal is closed, SIGHUP may come from the system and from the shell. A
+    signal that is ignored, as SIGHUP is under nohup, stays ignored. Outside the main thread Python
+    does not allow signal handlers, and the list stays empty.
     """
     signals = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
 
     def note(number, frame):
-        if signals and not dist.is_initialized():
+        if signals and number != hangup and not dist.is_initialized():
             sys.exit(128 + number)
         signals.append(number)
 
-    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {}
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            usual[number] = signal.signal(number, note)
     try:
         yield signals
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, and keep other runs out of it while this one goes on.
+
+    The system releases the lock when the process ends, even if it is killed. If a run has several
+    processes, the first one holds the lock. Raises OSError if another run does.
+    """
+    if not is_first_process():
+        yield
+        return
+    is_new = not folder.exists()
+    make_folder(folder)
+    lock = take_lock(folder)
+    try:
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # if the run has failed before its first step, it is empty
+                folder.rmdir()
+        os.close(lock)
+
+
+def take_lock(folder: Path) -> int:
+    """Lock a folder until the returned file descriptor is closed. Raises OSError, see locked."""
+    windows = sys.platform == "win32"  # it cannot lock a folder, so a file in it is locked
+    lock = os.open(folder / "lock", os.O_CREAT) if windows else os.open(folder, os.O_RDONLY)
+    try:
+        if windows:
+            import msvcrt
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # Linux and macOS, Windows
+        os.close(lock)
+        raise OSError(f"another process is training into {folder}; wait until it has finished, or "
+                      "name another folder by --out") from error
+    except OSError:
+        pass  # some network drives know no locks; better to train without one than not at all
+    return lock
 
 
 # ------------------------------------------------------------ options and the command line
@@ -1200,13 +1487,15 @@ def make_parser() -> Parser:
     for option in fields(Config):
         # SUPPRESS leaves out what was not given: --resume must tell it from a default.
         name = f"--{option.name.replace('_', '-')}"
+        meaning = option.metadata["help"]
         if option.type is bool:
-            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS,
-                                help=option.metadata["help"])
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=meaning)
             continue
-        parser.add_argument(name, type=option.type, metavar=option.type.__name__,
+        # A shell leaves the ~ of --out=~/run as it is.
+        kind = os.path.expanduser if option.name in ("data", "out") else option.type
+        parser.add_argument(name, type=kind, metavar=option.type.__name__,
                             default=argparse.SUPPRESS,
-                            help=f"{option.metadata['help']} (default: {option.default})")
+                            help=f"{meaning} (default: {option.default})")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, with the options that it began with; "
                              "--epochs and --lr may be changed: the learning rate is then, from "
@@ -1224,11 +1513,11 @@ def options_of_saved_run(config: Config, given: dict, network=UNet) -> Config:
 
 
 def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, str]:
-    """If no data set was named and MNIST cannot be had, take the built-in digits.
+    """If no data set and no folder was named and MNIST is not there, take the built-in digits.
 
     Returns the options, and a notice about it, which is empty if MNIST is there.
     """
-    if "dataset" in given:
+    if "dataset" in given or "data" in given:
         return config, ""
     print(f"looking for MNIST in {config.data}", flush=True)
     try:
@@ -1241,11 +1530,14 @@ def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, 
         return Config(**given, dataset="builtin"), notice
 
 
+@forgiving_output()
 def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None = None,
          **seams) -> None:
     """The command line. after_step, network, draw_t and learning_rate are passed on to train()."""
     # Read the options. What can never work ends here, with exit status 2.
     parser = make_parser()
+    if not may_complain():
+        parser.error = lambda message: parser.exit(2)
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
     if given.pop("quick"):
@@ -1256,10 +1548,15 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
     try:
         config = Config(**given)
         device = pick_device(config.device)
-        if not resume:
-            NoiseSchedule(config.T, config.schedule)  # raises with advice of its own
+        if config.dataset == "folder" and "data" not in given:
+            raise ValueError("name the folder of your images by --data")
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    try:
+        if not resume:
+            NoiseSchedule(config.T, config.schedule)
+    except ValueError as error:
+        parser.error(advice_for_command_line(error, "--schedule"))
 
     # Train. A signal only asks the run to stop after the step under way.
     try:
@@ -1273,7 +1570,8 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
                 config = options_of_saved_run(config, given, seams.get("network", UNet))
             else:
                 config, notice = with_builtin_digits_if_needed(config, given)
-            history = train(config, resume, after_step=stop_after_step, **seams)
+            with locked(Path(config.out)):
+                history = train(config, resume, after_step=stop_after_step, **seams)
 
             # Say what comes next.
             stopped = len(history["loss"]) < config.epochs
@@ -1284,6 +1582,9 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
                 print(f"{notice}done; now type: python sample.py --checkpoint "
                       f"{Path(config.out, 'model.pt')}")
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+        # Any process may have trouble of its own with its device, which is a RuntimeError.
+        if not may_complain() and not isinstance(error, RuntimeError):
+            sys.exit(1)
         sys.exit("train.py: " + str(error).partition("\n")[0])
     if stopped:
         number = signals[0] if signals else signal.SIGTERM  # another process may have got it

@@ -54,6 +54,7 @@ Vaswani et al. 2017, arXiv 1706.03762. [FiLM] Perez et al. 2018, arXiv 1709.0787
 
 import ctypes
 import math
+import os
 import sys
 
 import torch
@@ -472,4 +473,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        print(end="", flush=True)
+    except BrokenPipeError:  # the reader has left, as in `| head -1`; say nothing about it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

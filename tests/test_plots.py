@@ -768,10 +768,11 @@ def test_interrupt_says_what_is_complete(tiny_run, tmp_path, monkeypatch, capsys
     """Ctrl-C while a figure is drawn exits with 130; those before it were named and are whole."""
     save = Figure.savefig
 
-    def interrupted(figure, path, **options):
-        if path.stem == "grid":
+    def interrupted(figure, file, **options):
+        if "grid" in file.name:
+            file.write(b"half")
             raise KeyboardInterrupt
-        save(figure, path, **options)
+        save(figure, file, **options)
 
     monkeypatch.setattr(Figure, "savefig", interrupted)
     with pytest.raises(SystemExit) as exit_:

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import fields
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,8 @@ from schedule import NoiseSchedule
 from strategies import SEED, pictures, same_state, write_mnist
 from train import (
     BLOG_LOSS, HERE, QUICK, Config, Run, builtin_digits, draw_t, evaluate, from_uint8,
-    learning_rate, load_checkpoint, load_images, next_batch, own_share, save, save_history,
-    split_images,
-    told_to_stop, training_step, update_average)
+    learning_rate, load_checkpoint, load_images, next_batch, own_share, read_picture, save,
+    save_history, split_images, told_to_stop, training_step, update_average)
 from unet import UNet
 
 
@@ -162,6 +162,14 @@ def test_truncated_mnist_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def write_halves(path, left: int) -> None:
+    """Write a colour picture of 40x40 pixels: a grey level on the left half, white on the right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", (40, 40), (255, 255, 255))
+    picture.paste((left, left, left), (0, 0, 20, 40))
+    picture.save(path)
+
+
 def test_any_folder_of_images_can_be_learned(tmp_path):
     """A folder of images for each class, of any size and colour. A tenth is held out, no image is
     in both parts, and the order is random, so that the first N images, or the last, are a fair
@@ -170,13 +178,13 @@ def test_any_folder_of_images_can_be_learned(tmp_path):
     for kind in ("cat", "dog"):
         (tmp_path / kind).mkdir()
         for i in range(10):
-            Image.new("RGB", (40, 20), (10 * i, 10 * i, 10 * i)).save(tmp_path / kind / f"{i}.png")
+            write_halves(tmp_path / kind / f"{i}.png", 10 * i)
     images, labels = load_images(tmp_path, True, "folder")
     held_out, held_out_labels = load_images(tmp_path, False, "folder")
     assert images.shape == (18, 1, 28, 28) and images.dtype == torch.uint8
     assert len(held_out) == 2 and held_out.dtype == torch.uint8
 
-    # Every image has one grey level, so its label and a pixel tell which one it is.
+    # Each has another grey level on the left, so its label and a pixel tell which one it is.
     all_labels = torch.cat([labels, held_out_labels]).tolist()
     all_greys = torch.cat([images, held_out])[:, 0, 5, 5].tolist()
     assert sorted(zip(all_labels, all_greys)) == [(k, 10 * i) for k in (0, 1) for i in range(10)]
@@ -189,6 +197,194 @@ def test_any_folder_of_images_can_be_learned(tmp_path):
     images, labels = load_images(tmp_path, True, "folder")
     assert images.shape == (0, 1, 28, 28) and labels.shape == (0,)
     assert len(load_images(tmp_path, False, "folder")[0]) == 1
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("training", "testing"), ("train", "val")])
+def test_images_that_are_split_already_stay_so(names, tmp_path):
+    """DIR/train/CLASS/* are the training images and DIR/test/CLASS/* those that are held out."""
+    for name, greys in zip(names, ([0, 10, 20, 30], [40, 50])):
+        for kind in ("cat", "dog"):
+            for grey in greys:
+                write_halves(tmp_path / name / kind / f"{grey}.png", grey)
+    for part, greys in ((True, [0, 10, 20, 30]), (False, [40, 50])):
+        images, labels = load_images(tmp_path, part, "folder")
+        pairs = zip(labels.tolist(), images[:, 0, 5, 5].tolist())
+        assert sorted(pairs) == [(k, grey) for k in (0, 1) for grey in greys]
+
+
+# A dark picture with a frame in which nothing is, 28x28, so that no pixel has to be scaled.
+LEVELS = (pictures(1)[0, 0].int() * 200 // 255).numpy().astype("uint8")
+SHAPE = (pictures(1)[0, 0] > 0).numpy()
+
+
+def see_through(colour: int, mode: str) -> Image.Image:
+    """The rectangle in LEVELS with this grey level, on a ground that is transparent."""
+    picture = Image.new("LA", (28, 28), (colour, 0))
+    picture.putalpha(Image.fromarray(SHAPE.astype("uint8") * 255))
+    return picture.convert(mode)
+
+
+def write_pgm(path, highest: int) -> None:
+    """LEVELS as a binary PGM with 16 bits a pixel, of which `highest` is white."""
+    numbers = (LEVELS / 255 * highest).round().astype(">u2")
+    path.write_bytes(f"P5 28 28 {highest}\n".encode() + numbers.tobytes())
+
+
+PICTURES = {
+    "grey.png": lambda path: Image.fromarray(LEVELS).save(path),
+    "colour.png": lambda path: Image.fromarray(LEVELS).convert("RGB").save(path),
+    "palette.png": lambda path: Image.fromarray(LEVELS).convert("P").save(path),
+    "four_inks.tif": lambda path: Image.fromarray(LEVELS).convert("RGB").convert("CMYK").save(path),
+    "16_bits.png": lambda path: Image.fromarray(LEVELS.astype("uint16") * 257).save(path),
+    "16_bits.tif": lambda path: Image.fromarray(LEVELS.astype("uint16") * 257).save(path),
+    "16_bits.pgm": lambda path: write_pgm(path, 65535),
+    "12_bits.pgm": lambda path: write_pgm(path, 4095),
+    "float.tif": lambda path: Image.fromarray(LEVELS.astype("float32") / 255).save(path)}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_grey_levels_are_scaled_by_the_range_of_the_format(name, tmp_path):
+    """The same picture in any format gives the same 256 grey levels, to within one."""
+    PICTURES[name](tmp_path / name)
+    got = read_picture(str(tmp_path / name))
+    assert got.shape == (1, 28, 28) and got.dtype == torch.uint8
+    assert (got[0].int() - torch.tensor(LEVELS).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind, factor, message", [
+    ("int32", 1, "32 bits"), ("float32", 1, "not between 0 and 1"),
+    ("float32", float("nan"), "not between 0 and 1"), ("float32", -1 / 255, "not between 0 and 1")])
+def test_levels_of_unknown_range_are_refused_by_name(kind, factor, message, tmp_path):
+    """32-bit integers, and floats that are not between 0 and 1, could mean anything."""
+    path = tmp_path / "x.tif"
+    with np.errstate(invalid="ignore"):
+        Image.fromarray((LEVELS * factor).astype(kind)).save(path)
+    with pytest.raises(ValueError, match=f"^cannot read {path} .*{message}"):
+        read_picture(str(path))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("colour", [0, 90, 160, 255])
+def test_what_is_transparent_gets_the_colour_that_the_digit_is_not(colour, mode, tmp_path):
+    """A dark digit on nothing is read on white, a light one on black."""
+    see_through(colour, mode).save(tmp_path / "x.png")
+    got = read_picture(str(tmp_path / "x.png"))[0].numpy()
+    ground = 255 if colour < 128 else 0
+    assert (got[SHAPE] == colour).all() and (got[~SHAPE] == ground).all()
+
+
+def test_transparent_colour_of_a_palette_is_seen(tmp_path):
+    """A file may also say that one of its colours is transparent: here black, around white."""
+    Image.fromarray(SHAPE.astype("uint8") * 255).convert("P").save(
+        tmp_path / "x.png", transparency=255)
+    got = read_picture(str(tmp_path / "x.png"))[0].numpy()
+    assert (got[SHAPE] == 255).all() and (got[~SHAPE] == 0).all()
+
+
+# The upper half is white: how a viewer turns it, by the number in the file (EXIF 0x112).
+@pytest.mark.parametrize("number, white", [
+    (1, "top"), (3, "bottom"), (4, "bottom"), (6, "right"), (8, "left")])
+def test_photographs_are_turned_as_viewers_turn_them(number, white, tmp_path):
+    """The camera notes how it was held; EXIF orientation 6, for example, is a quarter to the right.
+    """
+    picture = Image.new("L", (28, 28))
+    picture.paste(255, (0, 0, 28, 14))
+    note = Image.Exif()
+    note[0x112] = number
+    picture.save(tmp_path / "x.png", exif=note)
+    got = read_picture(str(tmp_path / "x.png"))[0]
+    halves = {"top": got[:14], "bottom": got[14:], "left": got[:, :14], "right": got[:, 14:]}
+    assert (halves[white] == 255).all() and got.double().mean() == 127.5
+
+
+@pytest.mark.parametrize("width, height", [(112, 56), (56, 112), (112, 28), (300, 100)])
+@pytest.mark.parametrize("ground", [0, 200, 255])
+def test_wide_and_tall_pictures_keep_their_shape(width, height, ground, tmp_path):
+    """A square in the middle of a wide or tall picture is still a square, and what is added has the
+    grey level of the picture's border.
+    """
+    side = min(width, height) // 2
+    left = (width - side) // 2
+    top = (height - side) // 2
+    picture = Image.new("L", (width, height), ground)
+    picture.paste(100, (left, top, left + side, top + side))
+    picture.save(tmp_path / "x.png")
+    got = read_picture(str(tmp_path / "x.png"))[0].int()
+    inside = (got - ground).abs() > abs(100 - ground) / 2
+    across = inside.any(dim=0).sum().item()
+    down = inside.any(dim=1).sum().item()
+    assert abs(across - down) <= 1 and abs(across - 28 * side / max(width, height)) <= 1
+    edge = torch.cat([got[0], got[-1], got[:, 0], got[:, -1]])
+    assert (edge == ground).all()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "webp"])
+def test_broken_file_is_named(ending, tmp_path):
+    """One file that was cut off, whatever its format, is named, with the reason."""
+    for i in range(5):
+        write_halves(tmp_path / "a" / f"{i}.{ending}", 10 * i)
+    path = tmp_path / "a" / f"3.{ending}"
+    for share in (0, 0.1, 0.5):
+        Image.open(tmp_path / "a" / f"2.{ending}").save(path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:int(len(whole) * share)])
+        with pytest.raises(ValueError, match=f"^cannot read {path} \\(.+\\)$") as error:
+            for part in (True, False):
+                load_images(tmp_path, part, "folder")
+        assert "\n" not in str(error.value)
+
+
+def test_published_mnist_is_known_by_its_checksums(tmp_path, monkeypatch):
+    """Files with the published checksums are read without a word; of others, one line names those
+    that differ. The checksums are those of MNIST's four files, unpacked.
+    """
+    assert sorted(train.CHECKSUMS) == [f"{split}-{kind}-ubyte" for split in ("t10k", "train")
+                                       for kind in ("images-idx3", "labels-idx1")]
+    write_mnist(tmp_path, pictures(5), torch.arange(5))
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest()
+            for path in (tmp_path / "MNIST" / "raw").iterdir()}
+    note = train.note_on_files(tmp_path, "mnist")
+    assert all(name in note for name in sums) and note.count("\n") == 1
+    monkeypatch.setattr(train, "CHECKSUMS", sums)
+    assert train.note_on_files(tmp_path, "mnist") == ""
+    monkeypatch.setitem(sums, "train-images-idx3-ubyte", "0" * 32)
+    note = train.note_on_files(tmp_path, "mnist")
+    assert "train-images-idx3-ubyte" in note and "t10k" not in note and "labels" not in note
+    assert train.note_on_files(tmp_path, "kmnist") == ""
+
+
+@pytest.mark.parametrize("blank, refused", [(0, False), (1, False), (3, False), (4, True),
+                                            (150, True)])
+def test_many_blank_images_are_refused(blank, refused):
+    """A file that was not copied to its end may have the right length and end in zeros. More than
+    one image in a hundred of a single grey level, black or not, is too many.
+    """
+    images = pictures(300)
+    images[len(images) - blank:] = 7
+    if refused:
+        with pytest.raises(ValueError, match=rf"^{blank} of the digits \(300\) are blank"):
+            train.check_images(images, "the digits")
+    else:
+        train.check_images(images, "the digits")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda images: from_uint8(images), "torch.uint8 (N, 1, H, H), not torch.float32"),
+    (lambda images: images.int(), "must be a tensor of bytes"),
+    (lambda images: images[:, 0], "not torch.uint8 (24, 8, 8)"),
+    (lambda images: images.permute(0, 2, 3, 1), "not torch.uint8 (24, 8, 8, 1)"),
+    (lambda images: images[:1].repeat(24, 1, 1, 1), "are all alike")])
+def test_images_that_are_given_must_be_bytes(change, message, tmp_path):
+    """Images for train() are bytes in the shape (N, 1, H, H), in both parts. Floats in [-1, 1] are
+    refused; they would be scaled once more.
+    """
+    good = pictures(24, size=8)
+    for images in ((change(good), good), (good, change(good))):
+        with pytest.raises(ValueError, match=f"^the images given .*{re.escape(message)}"):
+            learn(small(tmp_path), images=images)
+    with pytest.raises(ValueError, match="^training and held-out images differ in size$"):
+        learn(small(tmp_path), images=(good, pictures(24, size=12)))
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------ the built-in digits
@@ -290,10 +486,12 @@ def test_images_that_do_not_fit_are_refused(options, held_out, count, message, m
 def test_validation_images_are_kept_out_of_training(tmp_path):
     """A run with val_images=8 evaluates on the last 8 training images and trains on none of them.
 
-    Those 8 are white squares. At low noise levels the network sees whether an image is one.
+    Those 8 are white squares, in which one pixel is a little darker, as images of a single grey
+    level are refused. At low noise levels the network sees whether an image is one.
     """
     images = pictures(32, size=8)
     images[-8:] = 255
+    images[-8:, :, 0, 0] = 254
     shown = []
     learn(small(tmp_path, epochs=1, val_images=8), images=(images, IMAGES[1]),
           network=noting(shown), draw_t=lambda count, T, generator: torch.ones(count).long())
@@ -1390,7 +1588,8 @@ def test_command_trains_reports_and_says_what_comes_next(tmp_path, capsys):
     train.main(["--data", str(tmp_path), "--out", str(out), "--epochs", "1", "--batch-size", "8",
                 "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == [f"looking for MNIST in {tmp_path}", f"MNIST, on cpu, into {out}"]
+    assert lines[0] == f"MNIST, on cpu, into {out}"
+    assert lines[1].startswith("note: not MNIST as it was published") and len(lines) == 4
     assert lines[2].startswith("epoch  1/1   loss ") and f"{BLOG_LOSS[0]:.4f}" in lines[2]
     assert lines[-1].endswith(f"python sample.py --checkpoint {out / 'model.pt'}")
     # Resuming a finished run with the options it was begun with is no error and changes nothing.
