@@ -292,6 +292,17 @@ def draw_linear_loss(ax: Axes, linear: torch.Tensor) -> None:
     ax.text(1.7, loss * 1.03, f"best linear denoiser, {loss:.4f}", color=FAINT, fontsize=9)
 
 
+def draw_new_plans(ax: Axes, plans: list[dict]) -> None:
+    """Draw a line where the number of epochs or the learning rate was changed, see train.py."""
+    for plan in plans[1:]:  # the first is not new
+        epoch = plan["step"] / plan["steps"] * plan["epochs"]
+        ax.axvline(epoch, color=FAINT, linewidth=1, linestyle=":")
+        ax.annotate(f"new plan: {plan['epochs']} epochs, learning rate {plan['lr']:g}",
+                    xy=(epoch, 0.98), xycoords=ax.get_xaxis_transform(),  # 1 is the top
+                    xytext=(-3, 0), textcoords="offset points", rotation=90, ha="right", va="top",
+                    color=FAINT, fontsize=9)
+
+
 def plot_loss(material: Material) -> Figure:
     """How well does the network learn, epoch by epoch?
 
@@ -311,6 +322,8 @@ def plot_loss(material: Material) -> Figure:
                                `python -m tests.experiments.measure --data DIR difficulty`
         seeds                  the band from the lowest to the highest held-out loss of several
                                runs, trained by `python -m tests.experiments.seeds --data DIR`
+        new plan               where `train.py --resume --epochs N` made a run of your own longer.
+                               The learning rate jumps up there, and the loss may rise at first
     """
     history = material.checkpoint.history
     config = material.checkpoint.config
@@ -332,6 +345,9 @@ def plot_loss(material: Material) -> Figure:
         draw_range_over_seeds(ax, material.claims["loss"].get("runs", []))
     if "difficulty" in material.claims:
         draw_linear_loss(ax, material.claims["difficulty"]["linear"])
+
+    # Mark where the plan of the run was changed. Older model files hold no plans.
+    draw_new_plans(ax, history.get("plans", []))
 
     # Label the axes; the losses have a logarithmic scale.
     ax.set_yscale("log")

@@ -4,6 +4,7 @@
     python train.py --data DIR             the same, with MNIST from DIR/MNIST/raw
     python train.py --dataset folder --data DIR   your own images, from DIR/CLASS/*
     python train.py --resume               go on with a run that was stopped
+    python train.py --resume --epochs 30   train a run longer, whether it was stopped or is finished
     python train.py --labels               tell the network the digits, to draw what is asked for
     python train.py --quick                a first look, in less than three minutes
     torchrun --nproc-per-node=2 train.py   on two GPUs
@@ -26,8 +27,10 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
                  weights have 16 bits each instead of 32
     early.pt     the same after two fifteenths of all steps, that is, after epoch 2 of 15; the worse
                  network that guides the finished one in sample.py --guidance
+    history.csv  the losses and the seconds of each epoch as a table, with the columns epoch, loss,
+                 held_out and seconds; with --labels also held_out_untold, see train()
 
-The first three are written at the end of each epoch, the first two also after the very first step
+All but early.pt are written at the end of each epoch, the first two also after the very first step
 and together with early.pt. After Ctrl-C, or if the terminal is closed, the step under way is
 finished and the first two are written. An epoch (one pass over the images) prints one line: its
 training loss, the loss on images that are held out (the test images, unless --val-images is given),
@@ -35,6 +38,13 @@ and beside them the training loss that the blog "Deconstructing Diffusion Models
 these five scripts redraw, published for this epoch. With --labels, which goes into
 runs/mnist-labels/, the loss on held-out images is measured twice: with every label told to the
 network, and with none.
+
+TRAINING LONGER. --resume goes on with the options that the run began with. Two of them, --epochs
+and --lr, may be changed. From this step on, the learning rate is then that of a run which was
+planned so from the beginning, so there is no second warm-up. In a finished run it has fallen to 0.
+With twice as many epochs it jumps back to about half of its highest value, and the loss may rise
+for some steps before it falls below where it was. If early.pt has been written, it stays; otherwise
+it follows the new plan. model.pt is overwritten, but epoch-15.pt keeps the model of the old plan.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
@@ -47,6 +57,8 @@ et al. 2021, arXiv 2107.00630. [CFG] Ho and Salimans 2022, arXiv 2207.12598.
 
 import argparse
 import copy
+import csv
+import io
 import math
 import os
 import signal
@@ -88,6 +100,9 @@ DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
 QUICK = {"epochs": 1, "batch_size": 32, "lr": 4e-3, "images": 22_400, "val_images": 2_000}
 
 
+# What --resume may change: how long a run goes on, and how fast.
+PLAN = ("epochs", "lr")
+
 # The share of the steps after which early.pt is written.
 EARLY = 2 / 15
 
@@ -107,7 +122,8 @@ class Config:
     Raises ValueError if an option has a value that it cannot have, see check_options.
     """
 
-    # What to compute. These are saved with the model, and a resumed run keeps them.
+    # What to compute. These are saved with the model, and a resumed run keeps them. Only epochs and
+    # lr may be changed then.
     dataset: str = option("mnist", f"what to learn: {', '.join(DATASETS)}")
     epochs: int = option(15, "passes over the training images")
     batch_size: int = option(128, "images per step")
@@ -344,7 +360,8 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     """The learning rate of a step, counted from 0, in a run of so many steps.
 
     It rises linearly to config.lr while Adam's running averages are still unreliable, then falls
-    linearly to 0 so that the weights settle.
+    linearly to 0 so that the weights settle. If --resume changes the plan of a run, steps and
+    config are the new ones from then on.
     """
     # With the blog's constant learning rate of 2e-4 instead, the held-out loss of our network was
     # 16 % higher after 3 epochs.
@@ -430,10 +447,12 @@ def train(config: Config, resume: bool = False,
           network: Callable[..., torch.nn.Module] = UNet,
           draw_t: Callable[[int, int, torch.Generator], torch.Tensor] = draw_t,
           learning_rate: Callable[[int, int, Config], float] = learning_rate,
-          after_step: Callable[["Run"], bool] | None = None) -> dict[str, list[float]]:
+          after_step: Callable[["Run"], bool] | None = None) -> dict[str, list]:
     """Train a network, and write its files into config.out (see the top of this file).
 
-    resume         go on from last.pt in config.out, bit for bit as if the run had never stopped
+    resume         go on from last.pt in config.out, bit for bit as if the run had never stopped.
+                   If config.epochs or config.lr is not that of the run, it follows this new plan
+                   from here on
     images         training and held-out images, uint8 (N, 1, H, H) each, or pairs of images and
                    labels, (N,) integers from 0; None reads config.dataset
     network        builds the network: network(size=28), with labels also classes=10, or
@@ -445,10 +464,13 @@ def train(config: Config, resume: bool = False,
                    run.history up to date, which otherwise happens every 20 steps)
 
     Returns the history: lists "loss", "held_out" and "seconds" with a number for each epoch, and
-    "step_loss" with a number for each step. With labels, "held_out" is the loss when every label is
-    told, and the list "held_out_untold" has the loss when none is. Raises ValueError if the
-    options, the images and the files do not fit together, OSError if a file cannot be read or
-    written, FloatingPointError if the loss is no longer finite, RuntimeError if the device fails.
+    "step_loss" with a number for each step; and the list "plans", the first plan of the run and
+    those that it was resumed with: "step" steps were finished when it began, "steps" and "epochs"
+    are planned in all, with the highest learning rate "lr". With labels, "held_out" is the loss
+    when every label is told, and the list "held_out_untold" has the loss when none is. Raises
+    ValueError if the options, the images and the files do not fit together, OSError if a file
+    cannot be read or written, FloatingPointError if the loss is no longer finite, RuntimeError if
+    the device fails.
     """
     run, training, held_out = set_up(config, resume, images, network, draw_t, learning_rate)
 
@@ -463,7 +485,7 @@ def train(config: Config, resume: bool = False,
 
         # Check that the losses are finite, but not after every step: reading a number from a GPU
         # makes the program wait until the GPU has finished.
-        save_now = run.step in (1, run.early_step) or run.epoch_is_complete or halt
+        save_now = run.step in (run.first_step, run.early_step) or run.epoch_is_complete or halt
         if save_now or run.steps_into_epoch % 20 == 0:
             run.read_losses()
 
@@ -472,7 +494,7 @@ def train(config: Config, resume: bool = False,
             run.finish_epoch(held_out)
             report(run)
 
-        # Save, also after the very first step: a full disk should be noticed early.
+        # Save, also after the first step of a plan: a full disk should be noticed early.
         if save_now:
             save_run(run)
         if halt:
@@ -533,13 +555,13 @@ class Run:
         self.image_count = image_count
         self.steps_per_epoch = image_count // config.batch_size  # an incomplete batch is dropped
         self.steps = config.epochs * self.steps_per_epoch
-        self.early_step = max(1, round(EARLY * self.steps))
         self.step = 0
         self.order = None
         self.epoch_begun = time.perf_counter()
         self.history = {"loss": [], "held_out": [], "seconds": [], "step_loss": []}
         if self.classes:
             self.history["held_out_untold"] = []
+        self.history["plans"] = [self.plan(0, config.epochs, config.lr)]
         self.unread = []  # losses that are still on the device
 
     @property
@@ -555,6 +577,28 @@ class Run:
     def epoch(self) -> int:
         """The epoch of the last finished step, from 1; 0 before the first step."""
         return (self.step - 1) // self.steps_per_epoch + 1
+
+    @property
+    def first_step(self) -> int:
+        """The first step of the plan that the run follows now, counted from 1."""
+        return self.history["plans"][-1]["step"] + 1
+
+    @property
+    def early_step(self) -> int:
+        """The step after which early.pt is written: two fifteenths of all steps, at least one.
+
+        A new plan moves it, but never to a step that is finished. If early.pt has been written, it
+        stays.
+        """
+        early_step = math.inf
+        for plan in self.history["plans"]:
+            if plan["step"] < early_step:  # when the plan began, early.pt had not been written
+                early_step = max(plan["step"] + 1, round(EARLY * plan["steps"]))
+        return early_step
+
+    def plan(self, step: int, epochs: int, lr: float) -> dict[str, int | float]:
+        """An entry for history["plans"], see train."""
+        return {"step": step, "steps": epochs * self.steps_per_epoch, "epochs": epochs, "lr": lr}
 
     def record(self, loss: torch.Tensor) -> None:
         """Note the loss of a step; read_losses() puts it into the history."""
@@ -617,7 +661,9 @@ class Run:
     def load_state_dict(self, state: dict) -> None:
         """Take over what state_dict() returned; options, schedule and sizes are those of __init__.
 
-        Raises ValueError if the run had another number of images.
+        If the options have another number of epochs or learning rate, a new plan begins here.
+        Raises ValueError if the run had another number of images, or has come further than the
+        epochs that are planned now.
         """
         if len(state["order"]) != self.image_count:
             raise ValueError(f"the run in {self.config.out} had {len(state['order'])} images, "
@@ -628,8 +674,20 @@ class Run:
         self.generator.set_state(state["generator"])
         self.order = state["order"]
         self.history = state["history"]
+        self.history.setdefault(  # older model files have no plans
+            "plans", [self.plan(0, state["config"]["epochs"], state["config"]["lr"])])
         self.step = len(self.history["step_loss"])
         self.epoch_begun = time.perf_counter() - state["seconds"]
+        self.change_plan(state["config"])
+
+    def change_plan(self, saved_options: dict) -> None:
+        """Note in the history if the plan is no longer that of the saved options."""
+        if self.step > self.steps:
+            raise ValueError(f"the run in {self.config.out} has already come to epoch "
+                             f"{self.epoch}; --epochs must be at least {self.epoch}")
+        changed = any(getattr(self.config, name) != saved_options[name] for name in PLAN)
+        if changed and self.step < self.steps:  # without a step to take, nothing changes
+            self.history["plans"].append(self.plan(self.step, self.config.epochs, self.config.lr))
 
 
 def set_up(config: Config, resume: bool, images, network, draw_t,
@@ -664,6 +722,7 @@ def set_up(config: Config, resume: bool, images, network, draw_t,
     run = Run(config, schedule, len(training), sizes, network, draw_t, learning_rate, classes)
     if resume:
         run.load_state_dict(checkpoint.state)
+        report_plan(run)
     return run, training, held_out
 
 
@@ -678,7 +737,9 @@ def refuse_to_overwrite(config: Config) -> None:
 
 
 def checkpoint_to_resume(config: Config, network=UNet) -> "Checkpoint":
-    """Read last.pt in config.out. Raises ValueError if it is not a run with these options."""
+    """Read last.pt in config.out. Raises ValueError if it is not a run with these options, apart
+    from those named in PLAN.
+    """
     path = Path(config.out, "last.pt")
     checkpoint = load_checkpoint(path, network)
     if "adam" not in checkpoint.state:
@@ -686,7 +747,7 @@ def checkpoint_to_resume(config: Config, network=UNet) -> "Checkpoint":
     # A run from before there were labels has none.
     options = {"labels": False, **checkpoint.state["config"]}
     for name, value in options.items():
-        if getattr(config, name) != value:
+        if name not in PLAN and getattr(config, name) != value:
             raise ValueError(f"the run in {config.out} has {name} = {value}, "
                              f"not {getattr(config, name)}")
     return checkpoint
@@ -706,6 +767,17 @@ def progress(run: Run) -> tqdm:
     """A bar that counts the steps still to be taken; shown only in a terminal."""
     hidden = None if is_first_process() else True  # None lets tqdm look for a terminal
     return tqdm(range(run.step, run.steps), initial=run.step, total=run.steps, disable=hidden)
+
+
+def report_plan(run: Run) -> None:
+    """Say if a run that is resumed has a new plan, or nothing left to do."""
+    if run.step == run.steps:
+        print(f"{run.config.epochs} epochs are finished; to train longer, give more --epochs",
+              flush=True)
+    elif run.step + 1 == run.first_step:
+        rate = run.learning_rate(run.step, run.steps, run.config)
+        print(f"a new plan after step {run.step}: {run.config.epochs} epochs; the learning rate "
+              f"goes on at {rate:.3g}", flush=True)
 
 
 def report(run: Run) -> None:
@@ -1199,6 +1271,21 @@ def save(path: Path, state: dict) -> None:
         torch.save(state, file)
 
 
+def save_history(path: Path, history: dict[str, list]) -> None:
+    """Write the losses and the seconds of all finished epochs as a table, see replacement_of."""
+    columns = ["loss", "held_out", "seconds"]
+    if "held_out_untold" in history:
+        columns.append("held_out_untold")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["epoch", *columns])
+    numbers = zip(*[history[name] for name in columns])  # for each epoch, one of each column
+    for epoch, row in enumerate(numbers, start=1):
+        table.writerow([epoch, *row])
+    with replacement_of(path) as file:
+        file.write(text.getvalue().encode())
+
+
 def make_folder(folder: Path, option: str = "--out") -> None:
     """Make a folder for files, if there is none. Raises OSError if one cannot write into it."""
     try:
@@ -1211,7 +1298,7 @@ def make_folder(folder: Path, option: str = "--out") -> None:
 
 
 def save_run(run: Run) -> None:
-    """Write model.pt and last.pt, and when it is time, epoch-N.pt and early.pt."""
+    """Write model.pt and last.pt, and when it is time, epoch-N.pt, history.csv and early.pt."""
     if not is_first_process():
         return
     out = Path(run.config.out)
@@ -1226,6 +1313,7 @@ def save_run(run: Run) -> None:
     halves = {name: weight.half() for name, weight in state["average"].items()}
     if run.epoch_is_complete:
         save(out / f"epoch-{run.epoch}.pt", model | {"average": halves})
+        save_history(out / "history.csv", run.history)
     if run.step == run.early_step:
         save(out / "early.pt", model | {"average": halves})
     save(out / "last.pt", state)
@@ -1419,7 +1507,10 @@ def make_parser() -> Parser:
                             default=argparse.SUPPRESS,
                             help=f"{meaning} (default: {option.default})")
     parser.add_argument("--resume", action="store_true",
-                        help="go on with the run in --out, with the options that it began with")
+                        help="go on with the run in --out, with the options that it began with; "
+                             "--epochs and --lr may be changed: the learning rate is then, from "
+                             "here on, that of a run planned so from the beginning, without a "
+                             "second warm-up")
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     parser.add_argument("--quick", action="store_true", help=f"a first look; the same as {quick}")
     return parser
@@ -1460,7 +1551,10 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
     if given.pop("quick"):
-        given = QUICK | given  # an option that is given wins over --quick
+        quick = dict(QUICK)
+        if resume:  # --quick names the run, but does not change its plan
+            quick = {name: value for name, value in QUICK.items() if name not in PLAN}
+        given = quick | given  # an option that is given wins over --quick
     try:
         config = Config(**given)
         device = pick_device(config.device)

@@ -272,6 +272,9 @@ TABLE = [
     ("train", "--data {p}/mnist --out {p}/run", 1, "--resume"),
     ("train", "--out {p}/run --resume --seed 5", 1, "has seed = 0, not 5"),
     ("train", "--out {p}/run --resume --labels", 1, "has labels = False, not True"),
+    ("train", "--out {p}/run --resume --epochs 3 --batch-size 4", 1, "has batch_size = 8, not 4"),
+    ("train", "--out {p}/run --resume --epochs 0", 2, "epochs must be between 1 and"),
+    ("train", "--out {p}/run --resume --lr 2", 2, "lr must be between"),
     ("train", "--out {p}/copied --resume", 1, "holds no run"),
     ("train", "--out {p}/broken --resume", 1, "is damaged, or no model file"),
     ("train", "--out {p}/nowhere --resume", 1, "no model file"),
@@ -885,6 +888,47 @@ def test_default_dtype_changes_nothing(place, tmp_path, request):
     assert torch.get_default_dtype() == torch.float64
     assert len(usual) == len(other)
     assert all(map(torch.equal, usual, other))
+
+
+# -------------------------------------------------------------------------------- training longer
+
+def test_command_trains_longer(place, tmp_path, capsys):
+    """--resume --epochs 3 goes on with a finished run of two epochs of two steps. It says after
+    which step the plan changes and with which learning rate it goes on: with 6 steps, 5 of them on
+    the way down, that is lr 2/5 in the fifth. Once more, the run is finished, and says so. Fewer
+    epochs are refused in one line. Neither changes a file.
+    """
+    train.main(command(place, tmp_path, "--epochs", "2", "--lr", "0.001"), network=little)
+    capsys.readouterr()
+    train.main(command(place, tmp_path, "--resume", "--epochs", "3"), network=little)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == "a new plan after step 4: 3 epochs; the learning rate goes on at 0.0004"
+    assert lines[1].startswith("epoch  3/3   loss ") and lines[2].startswith("done; now type")
+    written = contents(tmp_path)
+
+    for options in (["--epochs", "3"], ["--lr", "0.01"], []):
+        train.main(command(place, tmp_path, "--resume", *options), network=little)
+        lines = capsys.readouterr().out.splitlines()[-2:]
+        assert lines[0] == "3 epochs are finished; to train longer, give more --epochs"
+        assert lines[1].startswith("done; now type")
+    with pytest.raises(SystemExit) as exit_:
+        train.main(command(place, tmp_path, "--resume", "--epochs", "2"), network=little)
+    assert exit_.value.code == (f"train.py: the run in {tmp_path} has already come to epoch 3; "
+                                "--epochs must be at least 3")
+    assert contents(tmp_path) == written
+
+
+def test_quick_does_not_change_the_plan_of_a_run(place, tmp_path, capsys):
+    """--quick --resume finds the run that --quick began, and goes on as planned then: --quick alone
+    would now plan one epoch.
+    """
+    quick = ["--quick", *command(place, tmp_path, "--images", "16", "--val-images", "0")]
+    with pytest.raises(SystemExit):
+        train.main([*quick, "--epochs", "2"], network=little, after_step=lambda run: run.step == 1)
+    train.main([*quick, "--resume"], network=little)
+    assert "a new plan" not in capsys.readouterr().out
+    saved = load_checkpoint(tmp_path / "last.pt", network=little)
+    assert saved.config.epochs == 2 and len(saved.history["loss"]) == 2
 
 
 # ------------------------------------------------------------------------------ the built-in digits

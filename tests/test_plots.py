@@ -276,6 +276,29 @@ def test_loss_of_a_run_under_way(tiny_run, tmp_path, monkeypatch, capsys):
     assert "not finished" in err and str(SHIPPED) in out
 
 
+def test_loss_of_a_run_with_a_new_plan_is_marked_where_it_began(material):
+    """A run of 3 epochs of 8 steps that was made longer after step 20, and once more after epoch 5:
+    two vertical lines, after 2.5 and after 5 epochs, with what was planned there. The first plan
+    has no line, nor has a model file that holds no plans.
+    """
+    other = like_the_blogs(material)
+    other.claims.clear()
+    lines = len(script.plot_loss(other).axes[0].lines)
+    history = other.checkpoint.history
+    plans = history.pop("plans", [])
+    assert len(plans) == 1 and len(script.plot_loss(other).axes[0].lines) == lines
+
+    history["plans"] = [{"step": 0, "steps": 24, "epochs": 3, "lr": 3e-3},
+                        {"step": 20, "steps": 48, "epochs": 6, "lr": 3e-3},
+                        {"step": 40, "steps": 80, "epochs": 10, "lr": 0.5}]
+    history["loss"] = history["held_out"] = [0.5, 0.3, 0.2, 0.1, 0.1, 0.05]
+    ax = script.plot_loss(other).axes[0]
+    drawn = ax.lines[lines:]
+    assert [list(line.get_xdata()) for line in drawn] == [[2.5, 2.5], [5, 5]]
+    assert [text.get_text() for text in ax.texts[-2:]] == [
+        "new plan: 6 epochs, learning rate 0.003", "new plan: 10 epochs, learning rate 0.5"]
+
+
 def test_trajectory_shows_noisy_images_above_predictions(material):
     """Upper row x_t, lower row x0_hat, t falling from T to 0, one grey scale everywhere."""
     figure = script.plot_trajectory(material)

@@ -1,8 +1,10 @@
 """The laws of training: what a step sees, what is measured, and that stopping loses nothing."""
 
 import copy
+import csv
 import hashlib
 import math
+import os
 import pickle
 import re
 import shutil
@@ -28,7 +30,8 @@ from strategies import SEED, pictures, same_state, write_mnist
 from train import (
     BLOG_LOSS, DROPPED, HERE, QUICK, Config, Examples, Run, builtin_digits, class_names, draw_t,
     drop_labels, evaluate, from_uint8, learning_rate, load_checkpoint, load_images, next_batch,
-    own_share, read_picture, save, split_images, told_to_stop, training_step, update_average)
+    own_share, read_picture, save, save_history, split_images, told_to_stop, training_step,
+    update_average)
 from unet import UNet
 
 
@@ -879,6 +882,137 @@ def test_killed_run_goes_on_from_its_last_file(tmp_path):
     assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
 
 
+# ------------------------------------------------------------------------------ training longer
+
+def without_plan(path):
+    """Write a model file anew without its options and plans; its path."""
+    state = torch.load(path, weights_only=True)
+    del state["config"], state["history"]["plans"]
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("old, new, change", [
+    ({"epochs": 3}, {"epochs": 6}, 12),  # which is finished
+    ({"epochs": 3}, {"epochs": 6}, 7),
+    ({"epochs": 6}, {"epochs": 3}, 7),
+    ({"epochs": 3}, {"lr": 5e-4}, 6),
+    ({"epochs": 2}, {"epochs": 5, "lr": 2e-3}, 1)])
+def test_resumed_run_follows_a_new_plan_from_there_on(old, new, change, tmp_path):
+    """Resumed with other epochs, or another lr, a run takes its further steps with the learning
+    rate that a run of the new plan has at these steps; nothing else is different.
+
+    The learning rate is written out: warm-up is one step long in all these runs, so step i of S has
+    lr (S - i)/(S - 1), and at most lr. It never rises after the first step of the new plan. A run
+    with this learning rate, never stopped, ends with the same bits.
+    """
+    options = [{"epochs": 3, "lr": 1e-3} | old, {"epochs": 3, "lr": 1e-3} | old | new]
+    rates = []
+
+    def by_hand(step, steps, config):
+        plan = options[0] if step < change else options[1]
+        S = 4 * plan["epochs"]
+        rates.append(plan["lr"] * min(1, (S - step) / (S - 1)))
+        return rates[-1]
+
+    whole = learn(small(tmp_path / "whole", **options[1]), learning_rate=by_hand)
+    learn(small(tmp_path / "parts", **options[0]), after_step=stop_after(change))
+    parts = learn(small(tmp_path / "parts", **options[1]), resume=True)
+    assert len(rates) == 4 * options[1]["epochs"] and rates[change:] == sorted(rates[change:])[::-1]
+    for name in ("loss", "held_out", "step_loss"):
+        assert whole[name] == parts[name]
+
+    # The files know both plans, and that the second is now that of the run.
+    plans = [{"step": step, "steps": 4 * plan["epochs"], **plan}
+             for step, plan in zip((0, change), options)]
+    for name in ("model.pt", "last.pt"):
+        saved = load_checkpoint(tmp_path / "parts" / name)
+        assert saved.history["plans"] == parts["plans"] == plans
+        assert (saved.config.epochs, saved.config.lr) == (plans[1]["epochs"], plans[1]["lr"])
+    for epoch in range(1, options[1]["epochs"] + 1):
+        assert (tmp_path / "parts" / f"epoch-{epoch}.pt").exists()
+    assert same_state(without_plan(tmp_path / "whole" / "last.pt"),
+                      without_plan(tmp_path / "parts" / "last.pt"))
+
+
+def test_new_plan_is_saved_after_its_first_step(tmp_path):
+    """Killed after the first step of a new plan, in the middle of an epoch, a run goes on with that
+    plan, although --resume does not name it again.
+    """
+    class Killed(Exception):
+        pass
+
+    def kill(run):
+        if run.step == 7:
+            raise Killed
+
+    learn(small(tmp_path), network=Plain, after_step=stop_after(5))
+    with pytest.raises(Killed):
+        learn(small(tmp_path, epochs=6), network=Plain, resume=True, after_step=kill)
+    saved = load_checkpoint(tmp_path / "last.pt", network=Plain)
+    assert saved.config.epochs == 6 and len(saved.history["step_loss"]) == 6
+    assert [plan["step"] for plan in saved.history["plans"]] == [0, 5]
+
+
+@pytest.mark.parametrize("epochs", [3, 6])
+def test_run_without_plans_goes_on(epochs, tmp_path):
+    """The model files of earlier versions hold no plans. Such a run ends with the same bits as one
+    that holds its first plan, with the same number of epochs and with another.
+    """
+    for name in ("old", "new"):
+        learn(small(tmp_path / name), after_step=stop_after(7))
+    for name in ("model.pt", "last.pt"):
+        path = tmp_path / "old" / name
+        state = torch.load(path, weights_only=True)
+        del state["history"]["plans"]
+        save(path, state)
+        load_checkpoint(path)
+    for name in ("old", "new"):
+        learn(small(tmp_path / name, epochs=epochs), resume=True)
+    assert same_state(tmp_path / "old" / "last.pt", tmp_path / "new" / "last.pt")
+
+
+@pytest.mark.parametrize("plans, early", [
+    ([(3, 12), (6, 24)], 2),            # written after 2 of 12 steps; 3 of 24 come too late
+    ([(15, 9), (30, 20)], 8),           # written after 8 of 60 steps
+    ([(15, 8), (30, 20)], 8),           # and even then in the last step of the old plan
+    ([(15, 7), (30, 20)], 16),          # not yet written: after 16 of 120 steps
+    ([(15, 7), (6, 20)], 8),            # 3 of 24 steps have passed: at once
+    ([(15, 7), (30, 10), (15, 20)], 11)])
+def test_early_state_stays_and_follows_a_new_plan_only_until_it_is_written(plans, early, tmp_path):
+    """early.pt is written once: if it is there when the plan changes, it stays, and otherwise it is
+    that of two fifteenths of the new plan, or of its first step if that is later. Each pair is the
+    epochs that are planned, of four steps, and the step after which the run is stopped.
+    """
+    written = set()
+    for number, (epochs, stop) in enumerate(plans):
+        learn(small(tmp_path, epochs=epochs), network=Plain, resume=number > 0,
+              after_step=stop_after(stop))
+        if (tmp_path / "early.pt").exists():
+            written.add((tmp_path / "early.pt").stat().st_mtime_ns)
+    file = torch.load(tmp_path / "early.pt", weights_only=True)
+    assert len(file["history"]["step_loss"]) == early and len(written) == 1
+
+
+def test_fewer_epochs_than_are_done_are_refused(tmp_path):
+    """A run in its third epoch cannot become one of two. As many as are done are finished. Nothing
+    is written in either case.
+    """
+    learn(small(tmp_path, epochs=6), network=Plain, after_step=stop_after(9))
+    written = files(tmp_path)
+    message = f"^the run in {tmp_path} has already come to epoch 3; --epochs must be at least 3$"
+    for epochs in (1, 2):
+        with pytest.raises(ValueError, match=message):
+            learn(small(tmp_path, epochs=epochs), network=Plain, resume=True)
+    assert files(tmp_path) == written
+
+    learn(small(tmp_path, epochs=6), network=Plain, resume=True, after_step=stop_after(12))
+    written = files(tmp_path)
+    history = learn(small(tmp_path, epochs=3), network=Plain, resume=True)
+    assert len(history["loss"]) == 3 and len(history["plans"]) == 1
+    assert files(tmp_path) == written
+
+
 @pytest.mark.parametrize("poisoned, noticed, kept", [(3, 9, 1), (10, 20, 9), (31, 40, 9)])
 def test_divergence_is_noticed_within_twenty_steps(poisoned, noticed, kept, tmp_path):
     """A loss that turns to nan in the middle of a long epoch stops the run at the next look.
@@ -1457,7 +1591,7 @@ def test_files_of_a_run_hold_what_the_top_of_the_script_says(tmp_path):
     build network and schedule. last.pt holds all of model.pt, and what it takes to go on: the
     weights in training, Adam, the generator, the order of the images, the seconds of the epoch.
     epoch-N.pt is the model.pt of epoch N in half precision, and early.pt that of two fifteenths of
-    all steps, here the first of eight. A run has no other files.
+    all steps, here the first of eight. Beside them stands history.csv, and no other file.
     """
     averages = []  # after the first step and after both epochs
     kept = {}
@@ -1471,7 +1605,7 @@ def test_files_of_a_run_hold_what_the_top_of_the_script_says(tmp_path):
     history = learn(config, network=Plain, after_step=look)
     run = kept["run"]
     names = ["early.pt", "epoch-1.pt", "epoch-2.pt", "last.pt", "model.pt"]
-    assert sorted(files(tmp_path)) == names
+    assert set(files(tmp_path)) == {*names, "history.csv"}
     early, first, second, last, model = (torch.load(tmp_path / name, weights_only=True)
                                          for name in names)
 
@@ -1517,7 +1651,7 @@ def test_files_are_written_after_the_first_step_and_when_a_run_is_stopped(tmp_pa
     def saved_steps() -> dict[str, int]:
         """The number of steps that each file of the folder knows of."""
         return {path.name: len(torch.load(path)["history"]["step_loss"])
-                for path in tmp_path.iterdir()}
+                for path in tmp_path.glob("*.pt")}
 
     seen = []  # before anything is saved in this step
 
@@ -1580,6 +1714,62 @@ def test_early_step_is_the_nearest_to_two_fifteenths():
         for count in range(1, 40):
             expected = max(1, (4 * epochs * count + 15) // 30)
             assert early_step(count, epochs=epochs) == expected
+
+
+def read_table(folder) -> dict[str, list[float]]:
+    """The columns of history.csv."""
+    with open(folder / "history.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    return {name: [float(row[i]) for row in rows] for i, name in enumerate(head)}
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_table_holds_the_history_of_all_epochs(labels, tmp_path):
+    """history.csv has a row for each finished epoch, whose numbers are exactly those of the history
+    in model.pt; after a stop and with a new plan, too. The losses without labels are there only if
+    the run has labels.
+    """
+    images = IMAGES
+    columns = ["loss", "held_out", "seconds"]
+    if labels:
+        images = tuple((part, torch.arange(len(part)) % 3) for part in IMAGES)
+        columns.append("held_out_untold")
+    rows = []
+
+    def look(run):
+        # Before anything is saved in this step.
+        if (tmp_path / "history.csv").exists():
+            table = read_table(tmp_path)
+            history = torch.load(tmp_path / "model.pt", weights_only=True)["history"]
+            assert table == {"epoch": [*range(1, len(table["loss"]) + 1)],
+                             **{name: history[name] for name in columns}}
+            rows.append(len(table["loss"]))
+        return run.step == 6
+
+    learn(small(tmp_path, labels=labels), images=images, after_step=look)
+    assert list(read_table(tmp_path)) == ["epoch", *columns]
+    history = learn(small(tmp_path, labels=labels, epochs=4), images=images, resume=True,
+                    after_step=lambda run: look(run) and False)
+    assert rows == [1] * 4 + [2] * 4 + [3] * 4
+    table = read_table(tmp_path)
+    assert table["epoch"] == [1, 2, 3, 4]
+    assert all(table[name] == history[name] for name in columns)
+
+
+def test_failed_write_of_the_table_keeps_the_old_one(tmp_path, monkeypatch):
+    """When the disk fills up, the table of the epoch before is whole and no half file stays."""
+    path = tmp_path / "history.csv"
+    history = {"loss": [0.5], "held_out": [0.25], "seconds": [2.0]}
+    save_history(path, history)
+    assert path.read_bytes() == b"epoch,loss,held_out,seconds\n1,0.5,0.25,2.0\n"
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write .*history.csv"):
+        patch.setattr(os, "fsync", full)
+        save_history(path, {name: numbers * 2 for name, numbers in history.items()})
+    assert files(tmp_path) == {"history.csv": b"epoch,loss,held_out,seconds\n1,0.5,0.25,2.0\n"}
 
 
 def test_model_file_holds_the_averaged_weights(tiny_run):
