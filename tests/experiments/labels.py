@@ -8,7 +8,7 @@ The model is pretrained/labels/model.pt, trained by `train.py --labels`, or that
 Digits are drawn in 20 steps of sde-dpm++. Image k has the seed k and is asked to be the digit
 k mod 10.
 
-`choose` draws digits with each of 24 settings and compares them with 10,000 of the first 55,000
+`choose` draws digits with each of 25 settings and compares them with 10,000 of the first 55,000
 training images, as guidance.py does. Three guides are tried: the network itself, not told the label
 (classifier-free guidance); its earlier state, early.pt, not told the label; and early.pt, told the
 same label. `report` measures the settings in REPORTED once, against the 10,000 test images. It also

@@ -64,7 +64,7 @@ def test_settings_have_names_of_their_own():
     assert {*script.SCORED} <= {*REPORTED} and script.CHOSEN in script.SCORED
     assert {s.weight for s in REPORTED if s.interval is None} >= {0, 1, 1.5, 2, 3, 5}
     assert {s.weight for s in REPORTED if s.interval == INTERVAL} >= {1.5, 2, 3, 5}
-    assert Setting(2.0, (150, 700), EARLY).name == "w = 2, guide early.pt, not told, t of 150 to 700"
+    assert Setting(2.0, INTERVAL, EARLY).name == "w = 2, guide early.pt, not told, t of 150 to 700"
     assert Setting().name == "w = 1"
 
 
@@ -122,7 +122,8 @@ def test_samples_are_kept_and_more_are_added(bench, monkeypatch):
     (Setting(0.0), 20), (Setting(), 20), (Setting(2.0), 40),
     # Of the levels 1000, 950, ..., 50 those from 700 down to 150, both included, are twelve.
     (Setting(2.0, (150, 700)), 20 + 12), (Setting(2.0, None, EARLY), 40),
-    (Setting(2.0, (150, 700), EARLY_TOLD), 20 + 12)], ids=lambda value: getattr(value, "name", None))
+    (Setting(2.0, (150, 700), EARLY_TOLD), 20 + 12),
+], ids=lambda value: getattr(value, "name", None))
 def test_evaluations_are_counted(setting, expected, bench):
     """How often a network looks at an image, with and without its label."""
     assert script.evaluations(bench, setting) == expected
@@ -351,7 +352,7 @@ def test_perfect_answers_are_a_mixture(bench, monkeypatch):
     for row in results.values():
         assert row["mixture"] < 1e-6 * row["range"]
         assert row["p of own class"] == pytest.approx(row["p squared"], abs=0.03)
-    assert results[200]["p of own class"] > 0.7 > 0.3 > results[600]["p of own class"] > 0.1
+    assert results[200]["p of own class"] > 0.4 > 0.2 > results[600]["p of own class"] > 0.1
     assert results[600]["own"] > results[600]["equal"]
 
     class Biased(Patterns):
