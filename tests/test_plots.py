@@ -606,8 +606,8 @@ def test_rows_are_classes_and_columns_are_seeds(labelled, monkeypatch):
 
 
 def test_weight_grows_from_left_to_right(labelled):
-    """Row c has the class and the seed c. Column w = 0 is not told, w = 1 is not guided, and
-    guidance is linear in w at the first step, as can be seen in where the chains go."""
+    """Row c has the class and the seed c. Column w = 0 is not told, w = 1 is not guided, and the
+    largest w leads further away from what is drawn without a label."""
     checkpoint = labelled.checkpoint
     images = script.images_of_weights(checkpoint).unflatten(0, (10, -1))
     assert images.shape[:2] == (10, len(script.SHOWN_WEIGHTS))
@@ -657,6 +657,7 @@ def test_digits_to_order_name_classes_seeds_and_weights(labelled):
         assert [text.get_text() for text in ax.get_xticklabels()] == columns
         images = compute(labelled.checkpoint)
         assert torch.equal(drawn_image(ax)[32:60, 2:30], images[len(columns), 0])
+    assert orders.CHOSEN == orders.Setting(script.ORDER_WEIGHT, script.ORDER_INTERVAL)
     low, high = script.ORDER_INTERVAL
     assert f"w = {script.ORDER_WEIGHT:g} at t from {low} to {high}" in titles(
         script.plot_digits(labelled))[0]
@@ -713,9 +714,10 @@ def places(labelled_run, tmp_path, monkeypatch):
     return own, shipped
 
 
-def test_labelled_model_is_your_own_if_it_is_finished(labelled_run, places, capsys):
+def test_labelled_model_is_your_own_if_it_is_finished(labelled_run, places, monkeypatch):
     """Its figures lie beside it. While it is under way, and without one, the shipped model is
     drawn, into the figures of the book."""
+    monkeypatch.setattr(script, "images_of_weights", lambda checkpoint: torch.zeros(70, 1, 28, 28))
     own, shipped = places
     shutil.copy(labelled_run / "model.pt", shipped)
     root = own.parents[2]

@@ -341,19 +341,33 @@ def test_best_mixture_is_the_closest_one():
     assert script.best_mixture(answers, vertex)[:, 4].mean() > 0.9
 
 
+def perfect_classifier(patterns: Bench, t: int):
+    """The scores of Bayes' rule for noisy patterns of level t."""
+    def scores(xt: torch.Tensor) -> torch.Tensor:
+        alpha_bar = patterns.checkpoint.schedule.alpha_bar[t]
+        apart = xt[:, None].double() - alpha_bar.sqrt() * patterns.model.patterns
+        return -apart.square().sum((2, 3, 4)) / (2 * (1 - alpha_bar))
+    return scores
+
+
 def test_perfect_answers_are_a_mixture(bench, monkeypatch):
-    """The answer without a label lies in the hull of those with one, and its weights are the
-    probabilities of the classes: the class of the image has on average the probability Σp². With
-    another answer without a label the law is seen to be broken."""
-    monkeypatch.setattr(script, "LEVELS", (200, 600))
-    patterns = with_patterns(bench, 1000)
-    results = script.mixture(patterns, count=1000)
-    assert list(results) == [200, 600]
-    for row in results.values():
-        assert row["mixture"] < 1e-6 * row["range"]
-        assert row["p of own class"] == pytest.approx(row["p squared"], abs=0.03)
-    assert results[200]["p of own class"] > 0.4 > 0.2 > results[600]["p of own class"] > 0.1
-    assert results[600]["own"] > results[600]["equal"]
+    """The answer without a label is the mixture of those with one by the probabilities of Bayes'
+    rule, and so in their hull. With another answer without a label, both show that the law is
+    broken; with wrong probabilities, only the mixture by these does."""
+    patterns = with_patterns(bench, 500)
+    for t, low, high in ((200, 0.4, 0.7), (600, 0.1, 0.15)):
+        monkeypatch.setattr(script, "LEVELS", (t,))
+        classifier = perfect_classifier(patterns, t)
+        row = script.mixture(patterns, classifier)[t]
+        assert row["classifier"] < 1e-6 * row["range"] and row["best"] < 1e-6 * row["range"]
+        assert low < row["p of own class"] < high
+        assert row["own"] > 0.1 * row["range"]
+
+    # Equal probabilities are wrong, and give the plain mean.
+    monkeypatch.setattr(script, "LEVELS", (200,))
+    row = script.mixture(patterns, lambda xt: torch.zeros(len(xt), 10))[200]
+    assert row["classifier"] == pytest.approx(row["equal"]) and row["equal"] > 0.1 * row["range"]
+    assert row["best"] < 1e-6 * row["range"] and row["p of own class"] == pytest.approx(0.1)
 
     class Biased(Patterns):
         def forward(self, xt, t, label=None):
@@ -361,8 +375,29 @@ def test_perfect_answers_are_a_mixture(bench, monkeypatch):
             return super().forward(xt, t, label) + bias
 
     biased = Biased(bench.checkpoint.schedule, patterns.model.patterns).eval()
-    row = script.mixture(with_changes(patterns, model=biased), count=200)[600]
-    assert row["mixture"] == pytest.approx(0.1**2, rel=0.05)
+    row = script.mixture(with_changes(patterns, model=biased), perfect_classifier(patterns, 200),
+                         count=200)[200]
+    for name in ("best", "classifier"):
+        assert row[name] == pytest.approx(0.1**2, rel=0.05)
+
+
+def test_classifier_of_noisy_images_learns_what_can_be_seen(bench):
+    """Of black and white squares it is certain at small t. At t = T, where nothing can be seen, it
+    knows how frequent they are: three in four are white."""
+    labels = (torch.arange(1024) % 4 > 0).long()
+    known = torch.zeros(1024, 1, 28, 28, dtype=torch.uint8)
+    known[labels == 1] = 255
+    classifier = script.train_on_noisy(with_changes(bench, known=known, known_labels=labels),
+                                       epochs=6)
+    x0 = from_uint8(known[:64])
+    for t, error in ((100, 0.1), (1000, None)):
+        eps = normal(t, 64, 1, 28, 28, dtype=torch.float32)
+        with torch.no_grad():
+            p = classifier(bench.checkpoint.schedule.q_sample(x0, t, eps)).softmax(dim=1)
+        if error is not None:
+            assert p[torch.arange(64), labels[:64]].min() > 1 - error
+        else:
+            assert p[:, 1].mean().item() == pytest.approx(0.75, abs=0.15)
 
 
 # ------------------------------------------------------------------------------------ the two parts
@@ -415,6 +450,7 @@ def test_command_measures_both_parts(bench, mnist, model_file, tmp_path, monkeyp
     without labels is refused, and what was measured is kept."""
     few_settings(monkeypatch)
     monkeypatch.setattr(script, "train_classifier", lambda images, labels, epochs: bench.classifier)
+    monkeypatch.setattr(script, "train_on_noisy", lambda bench: bench.classifier)
     out = tmp_path / "claims.pt"
     common = ["--data", str(mnist), "--device", "cpu", "--out", str(out), "--scratch",
               str(tmp_path / "samples"), "--count", "4"]
@@ -466,8 +502,8 @@ def test_tables_show_what_was_measured():
                "scores": {"w = 1": 0.9812, "real digits": 0.9925},
                "losses": {"untold": torch.full((1001,), 0.03), "told": torch.full((1001,), 0.02),
                           "difference": torch.full((1001,), 0.009)},
-               "mixture": {50: {"range": 0.5, "equal": 0.25, "own": 0.125, "mixture": 0.001,
-                                "p of own class": 0.75, "p squared": 0.7}}}
+               "mixture": {50: {"range": 0.5, "equal": 0.25, "own": 0.125, "classifier": 0.01,
+                                "best": 0.001, "p of own class": 0.75}}}
     assert script.table(results).splitlines()[2:4] == [
         "| w = 1 | 2,000 | 95.1 % | 80.0 % | 85.0 % | 4.25 | 2.50 | 0.312 | 0.90 (0.75) |  |  |",
         "| best | 2,000 | 95.1 % | 80.0 % | 85.0 % | 4.25 | 2.50 | 0.312 | 0.90 (0.75) "
@@ -482,7 +518,7 @@ def test_tables_show_what_was_measured():
     assert lines[2] == "| 1 to 50 | 0.03000 | 0.02000 | 0.01000 | 0.00900 |"
     assert lines[-1].startswith("| 1 to 1000 |") and len(lines) == 2 + 11
     assert script.table_of_mixtures(results).splitlines()[2] == (
-        "| 50 | 5.0e-01 | 2.5e-01 | 1.2e-01 | 1.0e-03 | 0.75 | 0.70 |")
+        "| 50 | 0.75 | 5.0e-01 | 2.5e-01 | 1.2e-01 | 1.0e-02 | 1.0e-03 |")
     for part in script.TABLES["labels"]:
         assert len({line.count("|") for line in part(results).splitlines()}) == 1
 
