@@ -6,7 +6,8 @@
 WHAT TO EXPECT. All figures together take a minute or two on two CPU cores, most of it to sample 32
 digits in 1,000 steps. Each is written as a PNG file (the animation as a GIF), and its name is
 printed. Figures of the shipped model go into figures/, those of your own finished run in runs/mnist
-into runs/mnist/figures/. This script only draws; it never trains and never measures.
+into runs/mnist/figures/. Three figures are of a model that was trained with labels, and lie beside
+it in the same way. This script only draws; it never trains and never measures.
 
 HOW TO READ IT. Each figure has a function plot_NAME. Its docstring says what is drawn, what there
 is to see, and how it was measured. Functions above it compute or draw its parts.
@@ -17,13 +18,15 @@ noise to digit.
 
 CONTENTS. 1. What a figure is drawn from. 2. Figures of the model: forward, embedding, loss,
 trajectory, grid, animation. 3. Figures of what was measured: difficulty, decided, noise, copies,
-epochs, bits, samplers. 4. Figures of guidance: guided, tradeoff, ladder. Below the line: reading
-what was measured, sampling, saving, the command line.
+epochs, bits, samplers. 4. Figures of guidance: guided, tradeoff, ladder. 5. Figures of digits to
+order: digits, weight, labels. Below the line: reading what was measured, sampling, saving, the
+command line.
 
 The notation is that of schedule.py. Sources: [DDPM] Ho, Jain and Abbeel 2020, arXiv 2006.11239.
 [Attention] Vaswani et al. 2017, arXiv 1706.03762. The Fréchet distance: Heusel et al. 2017, arXiv
 1706.08500. Restarts: Xu et al. 2023, arXiv 2306.14878. The optimal variance: Bao et al. 2022, arXiv
-2201.06503. Guidance: Karras et al. 2024, arXiv 2406.02507.
+2201.06503. Guidance: Karras et al. 2024, arXiv 2406.02507, and with labels Ho and Salimans 2022,
+arXiv 2207.12598.
 """
 
 import argparse
@@ -51,10 +54,11 @@ from tqdm import tqdm
 if sys.flags.safe_path:  # python -P does not look into the folder of the script
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sample import SHIPPED, draw_grid, open_checkpoint, sample
+from sample import (
+    SHIPPED, SHIPPED_LABELS, Guided, Labelled, draw_grid, open_checkpoint, sample)
 from schedule import NoiseSchedule, Parser, forgiving_output
 from train import (
-    BLOG_LOSS, DATASETS, HERE, Checkpoint, from_uint8, make_folder, replacement_of)
+    BLOG_LOSS, DATASETS, HERE, Checkpoint, from_uint8, load_checkpoint, make_folder, replacement_of)
 from unet import pick_device, prepare_device, timestep_embedding
 
 # The seeds of the generated images in section 2, and the one of them whose trajectory is drawn.
@@ -1053,12 +1057,226 @@ def plot_ladder(material: Material) -> Figure:
     return draw_rows("The same eight seeds as guidance grows", rows)
 
 
+# -------------------------------------------------------------- 5. Figures of digits to order
+#
+# These figures are of another model: one that train.py --labels has trained, which is told which
+# digit to draw (sample.py, section 8). It is the one named by --checkpoint, or else your own
+# finished run in runs/mnist-labels, or else pretrained/labels/model.pt.
+#
+# Its guide is the same network, not told the label: ε̂ = ε(x_t, t) + w (ε(x_t, t, c) - ε(x_t, t)).
+# So w = 0 draws any digit, w = 1 the digit c without guidance, and a larger w goes beyond it.
+
+# How the figure digits is drawn, and what the figure weight shows.
+ORDER_WEIGHT = 2.0
+ORDER_INTERVAL = (150, 700)
+SHOWN_WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+
+
+def draw_to_order(checkpoint: Checkpoint, labels: torch.Tensor, seeds: list[int], weight: float,
+                  interval: tuple[int, int] | None = None) -> torch.Tensor:
+    """Images of the classes that are asked for, drawn in 20 steps of sde-dpm++.
+
+    labels            (B,) integers, the class of each image
+    seeds             B integers
+    weight, interval  w of classifier-free guidance, and the t at which it acts; None is all
+
+    Returns (B, 1, H, W) on the CPU.
+    """
+    model = checkpoint.model
+    device = next(model.parameters()).device
+    network = Guided(Labelled(model, labels.to(device)), model, weight, interval)
+    size = model.config["size"]
+    chain = sample(network, checkpoint.schedule, seeds, "sde-dpm++", shape=(1, size, size))
+    for _, _, x0_hat in chain:
+        images = x0_hat  # the last one is the finished image
+    return images.cpu()
+
+
+def images_of_classes(checkpoint: Checkpoint, seeds: int = 10) -> torch.Tensor:
+    """The first ten classes, a row each, drawn from the seeds 0, 1, 2, ..., a column each."""
+    rows = len(checkpoint.classes[:10])
+    labels = torch.arange(rows).repeat_interleave(seeds)
+    return draw_to_order(checkpoint, labels, list(range(seeds)) * rows, ORDER_WEIGHT,
+                         ORDER_INTERVAL)
+
+
+def images_of_weights(checkpoint: Checkpoint) -> torch.Tensor:
+    """The first ten classes, a row each, at growing w, a column each; class c has the seed c."""
+    labels = torch.arange(len(checkpoint.classes[:10]))
+    columns = [draw_to_order(checkpoint, labels, labels.tolist(), w) for w in SHOWN_WEIGHTS]
+    return torch.stack(columns, dim=1).flatten(0, 1)  # row by row
+
+
+def show_table(ax: Axes, images: torch.Tensor, rows: list[str], columns: list[str]) -> None:
+    """Draw images, (rows * columns, 1, H, W), row by row, with a name for each row and column."""
+    show_tiles(ax, images, len(columns))
+    height, width = images.shape[2:]
+    middle_of_rows = [2 + height / 2 + k * (height + 2) for k in range(len(rows))]
+    middle_of_columns = [2 + width / 2 + k * (width + 2) for k in range(len(columns))]
+    ax.set_yticks(middle_of_rows, rows)
+    ax.set_xticks(middle_of_columns, columns)
+    ax.tick_params(length=0, labelsize=11, top=False, labeltop=True, labelbottom=False)
+    ax.grid(False)
+
+
+def plot_digits(material: Material) -> Figure:
+    """Does the network draw what it is asked for?
+
+    Each row is a digit that was asked for, each column a seed. None was picked. The images of a
+    column begin with the same noise and get the same fresh noise, and only the label differs; so
+    slant, width and boldness of the stroke tend to be alike down a column, while the label decides
+    which digit it is. They were drawn in 20 steps of sde-dpm++, with classifier-free guidance of
+    w = 2 at t from 150 to 700.
+    """
+    checkpoint = material.checkpoint
+    figure = Figure(figsize=(10, 10))
+    ax = figure.subplots()
+    columns = [f"seed {seed}" for seed in range(10)]
+    show_table(ax, images_of_classes(checkpoint), checkpoint.classes[:10], columns)
+    low, high = ORDER_INTERVAL
+    ax.set_title(f"{material.dataset} to order: one class a row, one seed a column "
+                 f"(w = {ORDER_WEIGHT:g} at t from {low} to {high})")
+    return figure
+
+
+def plot_weight(material: Material) -> Figure:
+    """What does the label do as w grows?
+
+    Each row is one seed, with the same noise in all columns, and is asked to be the digit on its
+    left; w grows from left to right, and guidance acts at all t. In the first column (w = 0) the
+    label has no effect: this is what the seed draws if nothing is asked for. In the second (w = 1)
+    the label is told, without guidance. From there on digits become more like what one imagines
+    under their name, and more alike. If w is too large, strokes become bold and lose their shape.
+    """
+    checkpoint = material.checkpoint
+    figure = Figure(figsize=(10, 10))
+    ax = figure.subplots()
+    notes = {0: "\nnot told", 1: "\nunguided"}
+    columns = [f"w = {w:g}{notes.get(w, '')}" for w in SHOWN_WEIGHTS]
+    show_table(ax, images_of_weights(checkpoint), checkpoint.classes[:10], columns)
+    ax.set_title(f"{material.dataset} to order: one class and one seed a row, w from left to right")
+    return figure
+
+
+def curves_of_orders(rows: dict[str, dict]) -> list[list[dict]]:
+    """Sort settings into curves along w.
+
+    rows  {setting: its numbers}; see plot_labels
+
+    Returns a list of curves. Each is a list of rows that have the same guide and interval, in the
+    order of w. It begins with the row of w = 1, which is the same for any guide. The guides are in
+    the order of `rows`, and of one guide the curve without an interval is first.
+    """
+    unguided = next(row for row in rows.values() if row["weight"] == 1)
+    curves = {}
+    for row in rows.values():
+        if row["weight"] > 1:
+            key = (row["guide"], row["interval"])
+            if key not in curves:
+                curves[key] = [unguided]
+            curves[key].append(row)
+    guides = list(dict.fromkeys(guide for guide, _ in curves))
+    order = sorted(curves, key=lambda key: (guides.index(key[0]), key[1] is not None))
+    return [sorted(curves[key], key=lambda row: row["weight"]) for key in order]
+
+
+def draw_orders(ax: Axes, curves: list[list[dict]], count: int, share: str) -> None:
+    """Draw curves along w, and write w beside each point that is guided.
+
+    curves  as curves_of_orders returns them; those of one guide have the same colour, the one
+            without an interval is solid and the others are dashed and dotted
+    count   the distances are those of so many digits
+    share   the name of the number on the vertical axis
+    """
+    guides = list(dict.fromkeys(curve[-1]["guide"] for curve in curves))
+    colors = dict(zip(guides, cycle((OURS, BLOG, THIRD, FOURTH))))
+    drawn = dict.fromkeys(guides, 0)  # how many curves of each guide
+    for curve in curves:
+        last = curve[-1]
+        style = ("o-", "s--", "^:")[drawn[last["guide"]] % 3]
+        drawn[last["guide"]] += 1
+        label = f"guide: {last['guide']}"
+        if last["interval"] is not None:
+            label += f", t from {last['interval'][0]} to {last['interval'][1]}"
+        color = colors[last["guide"]]
+        ax.plot([row["distances"][count] for row in curve], [row[share] for row in curve], style,
+                color=color, markersize=4, label=label)
+        for row in curve[1:]:
+            ax.annotate(f"{row['weight']:g}", xy=(row["distances"][count], row[share]),
+                        xytext=(4, -2), textcoords="offset points", color=color, fontsize=8)
+
+
+def draw_guidance_without_labels(ax: Axes, rows: dict[str, dict], count: int) -> None:
+    """Draw the curves of plot_tradeoff for the guide after epoch 2 in grey, to compare with."""
+    for curve in curves_of_guides(rows):
+        if curve[-1]["guide"] == 2:
+            style = "-" if curve[-1]["interval"] is None else "--"
+            ax.plot([row["distances"][count] for row in curve],
+                    [row["confident"] for row in curve], style, color=FAINT, linewidth=1,
+                    label=f"no labels, {describe_guide(curve[-1])}")
+
+
+def plot_labels(material: Material) -> Figure:
+    """What do the label and a growing w bring, and at what price?
+
+    Each point is a set of digits that were asked for evenly. The further to the left, the closer
+    they are to real ones; the higher, the more of them are clear (on the left) or the digit that
+    was asked for (on the right). Every curve begins at w = 1, where the network is told the label
+    and not guided; the numbers along it are w. The grey curves are the digits of the model without
+    labels, guided by its own earlier state (plot_tradeoff).
+
+        clear           the share of digits to which the classifier gives a probability above 0.9 of
+                        being some digit
+        named           the share that the classifier gives the name that was asked for
+        distance        the Fréchet distance to 10,000 training images (plot_samplers explains it),
+                        of a set with digits as frequent as in MNIST. Small differences mean little:
+                        for sets of 500 real digits its standard deviation is 1.2
+        guide           the worse network: the same one, not told the label (classifier-free
+                        guidance); or early.pt, an earlier state of it, not told the label or told
+                        it as well. It guides at the t that are named, or at all t (solid curves)
+
+    Measured by `python -m tests.experiments.labels --data DIR choose`:
+        rows    {setting: its numbers}, among them guide, weight (which is w), interval ((low,
+                high), or None), named, confident (which is "clear") and distances = {number of
+                images: ...}
+        real    named, confident and distances of real digits
+    """
+    measurements = material.claims["labels_choice"]
+    curves = curves_of_orders(measurements["rows"])
+    count = max(curves[0][0]["distances"])  # the largest number of digits is the most reliable
+    figure = Figure(figsize=(10, 6))
+    axes = figure.subplots(1, 2)
+
+    # Draw the curves, and what they can be compared with.
+    for ax, share, name in zip(axes, ("confident", "named"), ("clear", "named as asked for")):
+        draw_orders(ax, curves, count, share)
+        unguided = curves[0][0]
+        for row, label in ((unguided, "w = 1"), (measurements["real"], "real digits")):
+            if count in row["distances"]:
+                point = (row["distances"][count], row[share])
+                ax.plot(*point, "D", color="black", markersize=6)
+                ax.annotate(label, xy=point, xytext=(8, -12), textcoords="offset points")
+        ax.set(xscale="log", xlabel=f"Fréchet distance of {count:,} digits", title=name)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+    choice = material.claims.get("guidance_choice")
+    if choice is not None and count in choice["rows"][UNGUIDED]["distances"]:
+        draw_guidance_without_labels(axes[0], choice["rows"], count)
+
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=9)
+    figure.suptitle("Digits to order: w along each curve", fontsize=12)
+    return figure
+
+
 FIGURES = {"forward": plot_forward, "embedding": plot_embedding, "loss": plot_loss,
-           "trajectory": plot_trajectory, "grid": plot_grid}
+           "trajectory": plot_trajectory, "grid": plot_grid, "digits": plot_digits,
+           "weight": plot_weight}
 CLAIMS = {"difficulty": plot_difficulty, "decided": plot_decided, "noise": plot_noise,
           "copies": plot_copies, "epochs": plot_epochs, "bits": plot_bits,
           "samplers": plot_samplers, "guided": plot_guided, "tradeoff": plot_tradeoff,
-          "ladder": plot_ladder}
+          "ladder": plot_ladder, "labels": plot_labels}
 
 
 # =========================================================================================
@@ -1074,7 +1292,11 @@ STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False,
 KNOWN = [*FIGURES, "animation", *CLAIMS]  # the names of all figures, in the order of drawing
 
 # The measurements of those figures that are not drawn from one of their own name.
-SOURCES = {"guided": "guidance", "tradeoff": "guidance_choice", "ladder": "guidance"}
+SOURCES = {"guided": "guidance", "tradeoff": "guidance_choice", "ladder": "guidance",
+           "labels": "labels_choice"}
+
+# The figures of a model that was trained with labels.
+LABELLED = ("digits", "weight", "labels")
 
 
 def fingerprint(path: Path) -> str:
@@ -1189,29 +1411,38 @@ def output_folder(path: Path, out: str | None) -> Path:
     """The folder for the figures of a model file: `out` if it is given (by --out), else its own.
 
     Figures of pretrained/model.pt go to figures/ beside the scripts, those of your own model.pt to
-    figures/ beside it. Those of another file, such as epoch-3.pt, go to figures-epoch-3/ instead.
+    figures/ beside it. Those of another file, such as epoch-3.pt, go to figures-epoch-3/ instead,
+    and those of pretrained/labels/model.pt to figures-labels/.
     """
     if out:
         return Path(out)
     home = path.parent
-    if path.resolve().parent == SHIPPED.parent:
+    name = "figures"
+    if home.resolve() == SHIPPED.parent:
         home = HERE
-    return home / f"figures-{path.stem}".removesuffix("-model")
+    elif home.resolve() == SHIPPED_LABELS.parent:
+        home = HERE
+        name = "figures-labels"
+    return home / f"{name}-{path.stem}".removesuffix("-model")
 
 
-def choose_figures(asked: list[str], claims: dict, path: Path) -> list[str]:
+def choose_figures(asked: list[str], claims: dict, path: Path,
+                   every: Sequence[str] = tuple(KNOWN)) -> list[str]:
     """The names of the figures to draw: those asked for, or all that can be drawn if none is.
+
+    every  the names of all figures of this kind of model
 
     Raises ValueError if one is asked for by name whose measurements are missing. If none is asked
     for, prints which are left out.
     """
-    names = asked if asked else KNOWN
+    names = asked if asked else every
     missing = [name for name in names
                if name in CLAIMS and SOURCES.get(name, name) not in claims]
     if missing:
         message = (f"not measured beside {path}: {', '.join(missing)} (measure them by python -m "
                    "tests.experiments.measure, bits by python -m tests.experiments.bound, guided, "
-                   "tradeoff and ladder by python -m tests.experiments.guidance)")
+                   "tradeoff and ladder by python -m tests.experiments.guidance, labels by python "
+                   "-m tests.experiments.labels)")
         if asked:
             raise ValueError(message)
         print(message, file=sys.stderr)
@@ -1246,17 +1477,77 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def draw_all(args: argparse.Namespace) -> None:
     """Draw the figures that the command line asks for, and print the name of each file."""
+    asked = [name for name in args.names if name not in LABELLED]
+    asked_with_labels = [name for name in args.names if name in LABELLED]
+    if asked or not args.names:
+        draw_figures(args, asked)
+    if asked_with_labels or not args.names:
+        draw_labelled_figures(args, asked_with_labels)
+
+
+def draw_figures(args: argparse.Namespace, asked: list[str]) -> None:
+    """Draw figures of a model: those asked for, or all if none is."""
     # Open the model. The loss alone can be drawn while the run is still under way.
     finished = args.names != ["loss"]
     path, checkpoint = open_checkpoint(args.checkpoint, finished=finished)
 
     # Decide what to draw, and where to.
     claims = measured(path)
-    names = choose_figures(args.names, claims, path)
+    every = [name for name in KNOWN if name not in LABELLED]
+    names = choose_figures(asked, claims, path, every)
     folder = output_folder(path, args.out)
 
     # Collect what the figures need, then draw them.
     material = gather(checkpoint, names, claims, args.device, mark=fingerprint(path))
+    for name in names:
+        print("wrote", draw(name, material, folder), flush=True)
+
+
+def open_labelled(name: str | None) -> tuple[Path, Checkpoint]:
+    """The model with labels: the file named, else your own finished run, else the shipped one.
+
+    Raises OSError if there is none, ValueError if the one named was trained without labels.
+    """
+    if name is None:
+        return open_checkpoint(None, labels=True)
+    path = Path(name)
+    checkpoint = load_checkpoint(path)
+    if not checkpoint.classes:
+        raise ValueError(f"{path} was trained without labels; python train.py --labels makes a "
+                         "model that knows them")
+    return path, checkpoint
+
+
+def draw_labelled_figures(args: argparse.Namespace, asked: list[str]) -> None:
+    """Draw figures of a model with labels: those asked for, or all if none is.
+
+    If none is asked for and there is no such model, prints what is left out.
+    """
+    try:
+        path, checkpoint = open_labelled(args.checkpoint)
+    except (OSError, ValueError) as error:
+        if asked:
+            raise
+        print(f"left out: {', '.join(LABELLED)} ({error})", file=sys.stderr)
+        return
+
+    # The shipped one belongs to the figures of the book, unless it was named.
+    folder = output_folder(path, args.out)
+    if args.checkpoint is None and path == SHIPPED_LABELS:
+        folder = output_folder(SHIPPED, args.out)
+
+    # Collect what the figures need. The model without labels is there to compare with.
+    claims = measured(path)
+    names = choose_figures(asked, claims, path, LABELLED)
+    others = measured(SHIPPED)
+    if "guidance_choice" in others:
+        claims["guidance_choice"] = others["guidance_choice"]
+    device = pick_device(args.device)
+    prepare_device(device)
+    checkpoint.model.to(device)
+
+    # Draw them.
+    material = gather(checkpoint, names, claims, mark=fingerprint(path))
     for name in names:
         print("wrote", draw(name, material, folder), flush=True)
 

@@ -937,18 +937,22 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
         images, labels = images_of_folder(data, train)
     else:
         images, labels = images_of_mnist(data, train, dataset, download)
-    check_images(images, f"the {'training' if train else 'held-out'} images in {data}")
+    check_content(images, f"the {'training' if train else 'held-out'} images in {data}")
     return images, labels
 
 
 def check_images(images: torch.Tensor, source: str) -> None:
-    """Raise ValueError if there is nothing to learn from these images; source says which they are.
-
-    They must be uint8 (N, C, H, H), not all the same, and almost none of them blank.
-    """
+    """Raise ValueError unless images are uint8 (N, C, H, H); source says which they are."""
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2] != images.shape[3]:
         raise ValueError(f"{source} must be a tensor of bytes, torch.uint8 (N, 1, H, H), not "
                          f"{images.dtype} {tuple(images.shape)}")
+
+
+def check_content(images: torch.Tensor, source: str) -> None:
+    """Raise ValueError if images that were read, uint8 (N, C, H, H), show nothing to learn.
+
+    They must not all be the same, and almost none of them may be blank.
+    """
     if len(images) < 2:
         return
 

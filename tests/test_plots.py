@@ -1,6 +1,7 @@
 """Every figure is drawn from any model file, the same each time, and shows what it says."""
 
 import copy
+import functools
 import json
 import re
 import runpy
@@ -17,12 +18,15 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import plots as script
-from plots import CLAIMS, FIGURES, draw, fingerprint, frame_levels, gather, measured, shown_levels
-from sample import SHIPPED, to_uint8
+from plots import (
+    CLAIMS, FIGURES, LABELLED, draw, fingerprint, frame_levels, gather, measured, shown_levels)
+from sample import SHIPPED, SHIPPED_LABELS, Labelled, sample, to_uint8
 from schedule import NoiseSchedule
 from strategies import normal, pictures
+from tests.experiments import labels as orders
 from tests.experiments.guidance import INTERVAL, PARTS, REPORTED, Setting
-from train import BLOG_LOSS, from_uint8, load_checkpoint
+from train import BLOG_LOSS, Config, from_uint8, load_checkpoint, train
+from unet import UNet
 
 # As if measured: T = 20, losses that fall as 1/t, a digit that is decided at t = 6.
 FALLING = torch.cat([torch.zeros(1), 1 / torch.arange(1, 21)]).double()
@@ -59,6 +63,15 @@ for chosen, share, distance in (
         (Setting(1, 2.0), 0.875, 6.0), (Setting(restarts=TWICE), 0.8, 7.0)):
     MEASURED["guidance_choice"]["rows"][chosen.name] = chosen._asdict() | {
         "confident": share, "distances": {200: 9.0, 500: distance}}
+MEASURED["labels_choice"] = {
+    "rows": {}, "real": {"confident": 0.975, "named": 0.99, "distances": {500: 3, 2000: 1}}}
+for order, clear, named, distance in (
+        (orders.Setting(), 0.75, 0.875, 8.0), (orders.Setting(3.0), 0.95, 0.99, 14.0),
+        (orders.Setting(2.0, None, orders.EARLY), 0.9, 0.9, 5.0),
+        (orders.Setting(2.0, INTERVAL), 0.925, 0.96, 4.0),
+        (orders.Setting(2.0), 0.85, 0.98, 6.0)):
+    MEASURED["labels_choice"]["rows"][order.name] = order._asdict() | {
+        "confident": clear, "named": named, "distances": {500: distance}}
 EVERY = [*FIGURES, "animation", *CLAIMS]
 
 
@@ -66,6 +79,29 @@ EVERY = [*FIGURES, "animation", *CLAIMS]
 def material(tiny_run):
     """What all figures need, from the tiny run, as if it had been measured."""
     return gather(load_checkpoint(tiny_run / "model.pt"), EVERY, MEASURED, mark="abc123")
+
+
+@pytest.fixture(scope="module")
+def labelled_run(tmp_path_factory):
+    """The folder of a finished run with labels: a small network, two steps, T = 20."""
+    out = tmp_path_factory.mktemp("labelled")
+    digits = pictures(16), torch.arange(16) % 10
+    config = Config(epochs=1, batch_size=8, T=20, schedule="cosine", labels=True, out=str(out),
+                    lr=0.05, device="cpu")
+    train(config, images=(digits, digits),
+          network=functools.partial(UNet, channels=(8, 8, 8), blocks=(1, 1, 1)))
+    # In two steps it learns nothing of labels, so let them matter.
+    state = torch.load(out / "model.pt", weights_only=True)
+    table = state["average"]["table"]
+    state["average"]["table"] = 3 * normal(0, *table.shape, dtype=torch.float32)
+    torch.save(state, out / "model.pt")
+    return out
+
+
+@pytest.fixture(scope="module")
+def labelled(labelled_run):
+    """What the figures of a model with labels need, as if it had been measured."""
+    return gather(load_checkpoint(labelled_run / "model.pt"), [*LABELLED], MEASURED, mark="abc123")
 
 
 def titles(figure: Figure) -> list[str]:
@@ -102,9 +138,10 @@ def like_the_blogs(material):
 # ------------------------------------------------------------------------------- files of figures
 
 @pytest.mark.parametrize("name", [*FIGURES, *CLAIMS])
-def test_figure_is_drawn_twice_the_same(name, material, tmp_path):
+def test_figure_is_drawn_twice_the_same(name, material, labelled, tmp_path):
     """A PNG of a size for a README, byte for byte the same when drawn again, with its origin."""
-    first, second = (draw(name, material, tmp_path / run).read_bytes() for run in "ab")
+    source = labelled if name in LABELLED else material
+    first, second = (draw(name, source, tmp_path / run).read_bytes() for run in "ab")
     assert first == second
     with Image.open(tmp_path / "a" / f"{name}.png") as picture:
         assert picture.width == 1500 and 200 < picture.height < 2000
@@ -572,6 +609,198 @@ def test_ladder_rises_with_w(material):
     assert notes(figure) == [f"the guide alone\n{first}", f"the model alone\n{second}", third]
 
 
+# ----------------------------------------------------------------------- figures of digits to order
+
+def drawn_alone(checkpoint, label: int | None, seed: int) -> torch.Tensor:
+    """What one seed gives, told a label or not told, without guidance."""
+    network = checkpoint.model
+    if label is not None:
+        network = Labelled(network, torch.tensor([label]))
+    *_, (_, x0, _) = sample(network, checkpoint.schedule, [seed], "sde-dpm++")
+    return x0[0]
+
+
+def test_rows_are_classes_and_columns_are_seeds(labelled, monkeypatch):
+    """Without guidance (w = 1) each image is what its seed draws alone, told the class of its row.
+    """
+    checkpoint = labelled.checkpoint
+    monkeypatch.setattr(script, "ORDER_WEIGHT", 1.0)
+    images = script.images_of_classes(checkpoint, seeds=3)
+    assert images.shape == (30, 1, 28, 28)
+    for row, column in ((0, 0), (3, 2), (9, 1)):
+        expected = drawn_alone(checkpoint, row, column)
+        assert torch.allclose(images[3 * row + column], expected, atol=1e-4)
+    rows = images.unflatten(0, (10, 3))
+    for other in (rows[:, 1], rows[1:, 0]):
+        assert (rows[0, 0] - other).abs().max() > 0.1  # seed and class both matter
+
+
+def test_weight_grows_from_left_to_right(labelled):
+    """Row c has the class and the seed c. Column w = 0 is not told, w = 1 is not guided, and the
+    largest w leads further away from what is drawn without a label."""
+    checkpoint = labelled.checkpoint
+    images = script.images_of_weights(checkpoint).unflatten(0, (10, -1))
+    assert images.shape[:2] == (10, len(script.SHOWN_WEIGHTS))
+    for c in (0, 7):
+        assert torch.allclose(images[c, 0], drawn_alone(checkpoint, None, c), atol=1e-4)
+        assert torch.allclose(images[c, 1], drawn_alone(checkpoint, c, c), atol=1e-4)
+    change = (images - images[:, :1]).square().mean((0, 2, 3, 4))
+    assert change[0] == 0 and change[1] > 0 and change[-1] > change[1]
+
+
+def test_guidance_acts_in_its_interval_only(labelled):
+    """Where the interval holds no t of the chain, images are those of w = 1; w and the interval
+    of the figure are passed on."""
+    checkpoint = labelled.checkpoint
+    labels = torch.tensor([3, 5])
+    plain, outside, inside = (
+        script.draw_to_order(checkpoint, labels, [0, 1], w, interval)
+        for w, interval in ((1.0, None), (50.0, (1000, 1000)), (50.0, (1, 20))))
+    assert torch.equal(plain, outside) and not torch.allclose(plain, inside, atol=1e-3)
+
+
+def test_names_stand_beside_their_rows_and_columns():
+    """Each tick is in the middle of its row or column of tiles, the first at the top left."""
+    images = normal(0, 6, 1, 28, 28).clamp(-1, 1)
+    ax = Figure().subplots()
+    script.show_table(ax, images, ["a", "b"], ["x", "y", "z"])
+    tiled = drawn_image(ax)
+    for ticks, names, size in ((ax.get_yticks(), ax.get_yticklabels(), 2),
+                               (ax.get_xticks(), ax.get_xticklabels(), 3)):
+        assert len(ticks) == size
+        assert [name.get_text() for name in names] == list("ab" if size == 2 else "xyz")
+    for row, y in enumerate(ax.get_yticks()):
+        for column, x in enumerate(ax.get_xticks()):
+            top, left = round(y) - 14, round(x) - 14
+            assert torch.equal(tiled[top:top + 28, left:left + 28], images[3 * row + column, 0])
+
+
+def test_digits_to_order_name_classes_seeds_and_weights(labelled):
+    """The rows are the classes of the model; the columns the seeds, or w."""
+    for plot, compute, columns in (
+            (script.plot_digits, script.images_of_classes, [f"seed {k}" for k in range(10)]),
+            (script.plot_weight, script.images_of_weights,
+             ["w = 0\nnot told", "w = 1\nunguided", "w = 1.5", "w = 2", "w = 3", "w = 5",
+              "w = 8"])):
+        ax = plot(labelled).axes[0]
+        assert [text.get_text() for text in ax.get_yticklabels()] == list("0123456789")
+        assert [text.get_text() for text in ax.get_xticklabels()] == columns
+        images = compute(labelled.checkpoint)
+        assert torch.equal(drawn_image(ax)[32:60, 2:30], images[len(columns), 0])
+    assert orders.CHOSEN == orders.Setting(script.ORDER_WEIGHT, script.ORDER_INTERVAL)
+    low, high = script.ORDER_INTERVAL
+    assert f"w = {script.ORDER_WEIGHT:g} at t from {low} to {high}" in titles(
+        script.plot_digits(labelled))[0]
+
+
+def test_curves_of_orders_rise_along_w():
+    """A curve for each guide and interval, those of a guide together. Each begins at w = 1."""
+    rows = MEASURED["labels_choice"]["rows"]
+    names = {id(row): name for name, row in rows.items()}
+    curves = [[names[id(row)] for row in curve] for curve in script.curves_of_orders(rows)]
+    assert curves == [["w = 1", "w = 2", "w = 3"], ["w = 1", "w = 2, t of 150 to 700"],
+                      ["w = 1", "w = 2, guide early.pt, not told"]]
+
+
+def test_labels_show_curves_and_what_to_compare_them_with(labelled):
+    """Distance from left to right; clear digits upwards on the left, those named as asked for on
+    the right. In grey on the left is guidance without labels, if it was measured."""
+    figure = script.plot_labels(labelled)
+    left, right = figure.axes
+    assert titles(figure) == ["clear", "named as asked for"]
+    for ax, shares in ((left, ([0.75, 0.85, 0.95], [0.75, 0.925], [0.75, 0.9])),
+                       (right, ([0.875, 0.98, 0.99], [0.875, 0.96], [0.875, 0.9]))):
+        assert [list(line.get_ydata()) for line in ax.lines[:3]] == list(shares)
+        assert [list(line.get_xdata()) for line in ax.lines[:3]] == [[8, 6, 14], [8, 4], [8, 5]]
+        assert [line.get_linestyle() for line in ax.lines[:3]] == ["-", "--", "-"]
+        assert [line.get_color() for line in ax.lines[:3]] == [
+            script.OURS, script.OURS, script.BLOG]
+        assert [text.get_text() for text in ax.texts] == [
+            "2", "3", "2", "2", "w = 1", "real digits"]
+        assert "of 500 digits" in ax.get_xlabel()
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [
+        "guide: itself, not told", "guide: itself, not told, t from 150 to 700",
+        "guide: early.pt, not told", "no labels, guide: epoch 2"]
+    assert [line.get_color() for line in left.lines[5:]] == [script.FAINT]
+    assert list(left.lines[5].get_xdata()) == [8, 5, 14] and len(right.lines) == 5
+
+    other = copy.deepcopy(labelled)
+    del other.claims["guidance_choice"]
+    assert len(script.plot_labels(other).axes[0].lines) == 5
+
+
+@pytest.fixture
+def places(labelled_run, tmp_path, monkeypatch):
+    """The folder of your own labelled run and that of the shipped one, both without a model."""
+    import sample as sampler
+    shipped = tmp_path / "pretrained" / "labels" / "model.pt"
+    shipped.parent.mkdir(parents=True)
+    for module in (sampler, script):
+        monkeypatch.setattr(module, "SHIPPED_LABELS", shipped)
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    own = tmp_path / "runs" / "mnist-labels" / "model.pt"
+    own.parent.mkdir(parents=True)
+    return own, shipped
+
+
+def test_labelled_model_is_your_own_if_it_is_finished(labelled_run, places, monkeypatch):
+    """Its figures lie beside it. While it is under way, and without one, the shipped model is
+    drawn, into the figures of the book."""
+    monkeypatch.setattr(script, "images_of_weights", lambda checkpoint: torch.zeros(70, 1, 28, 28))
+    own, shipped = places
+    shutil.copy(labelled_run / "model.pt", shipped)
+    root = own.parents[2]
+    script.main(["weight", "--device", "cpu"])
+    assert (root / "figures" / "weight.png").exists()
+
+    state = torch.load(labelled_run / "model.pt", weights_only=True)
+    torch.save(state | {"config": state["config"] | {"epochs": 9}}, own)
+    assert script.open_labelled(None)[0] == shipped
+    shutil.copy(labelled_run / "model.pt", own)
+    script.main(["weight", "--device", "cpu"])
+    assert (own.parent / "figures" / "weight.png").exists()
+
+    # If the shipped one is named, its figures do not replace those of the book.
+    script.main(["weight", "--checkpoint", str(shipped), "--device", "cpu"])
+    assert (root / "figures-labels" / "weight.png").exists()
+
+
+def test_figures_of_labels_are_left_out_without_such_a_model(tiny_run, places, capsys):
+    """If no figure is asked for by name, one line says what is left out and why; if one is, that is
+    an error. A model without labels that is named is not replaced by another."""
+    own, shipped = places
+
+    def draw_labelled(asked, file):
+        args = script.parse_arguments([*asked, "--device", "cpu", "--out", str(shipped.parent),
+                                       *(["--checkpoint", file] if file else [])])
+        script.draw_labelled_figures(args, asked)
+
+    for file, why in ((None, f"no model file {shipped}"),
+                      (str(tiny_run / "model.pt"), "was trained without labels")):
+        draw_labelled([], file)
+        err = capsys.readouterr().err
+        assert err.startswith("left out: digits, weight, labels (") and why in err
+        assert err.count("\n") == 1
+        with pytest.raises((OSError, ValueError), match=re.escape(why)):
+            draw_labelled(["digits"], file)
+    assert not list(shipped.parent.iterdir())
+
+
+def test_measurements_of_labels_are_those_of_their_model(labelled_run, places, capsys):
+    """The figure labels is drawn from claims.pt beside the model with labels. Without it, it is
+    left out, or refused if it is asked for."""
+    own, shipped = places
+    shutil.copy(labelled_run / "model.pt", own)
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["labels", "--device", "cpu"])
+    assert f"not measured beside {own}: labels " in exit_.value.code
+    torch.save({"labels_choice": MEASURED["labels_choice"] | {"model": fingerprint(own)}},
+               own.with_name("claims.pt"))
+    script.main(["labels", "--device", "cpu"])
+    assert [path.name for path in (own.parent / "figures").iterdir()] == ["labels.png"]
+
+
 # ---------------------------------------------------------------------------- docstrings of figures
 
 def numbers_in_docstrings() -> list[tuple[str, str]]:
@@ -622,7 +851,8 @@ def numbers_in_docstrings() -> list[tuple[str, str]]:
         quotes.append(("samplers", words.format(distances[chain])))
 
     deviation = claims["samplers"]["floor"][500][1]
-    quotes.append(("tradeoff", f"500 real digits its standard deviation is {deviation:.1f}"))
+    for name in ("tradeoff", "labels"):
+        quotes.append((name, f"500 real digits its standard deviation is {deviation:.1f}"))
 
     # Bits per pixel.
     quotes.append(("bits", f"at most {claims['bits']['optimal']['total'][0]:.3f} are needed"))
@@ -650,8 +880,9 @@ def test_docstrings_say_how_to_measure():
         source = (experiments / f"{command[1]}.py").read_text(encoding="utf-8")
         if command[1] == "measure":
             assert command[2] == name and f"def {name}(" in source
-        if command[1] == "guidance":
-            _, key, _ = PARTS[command[2]]
+        if command[1] in ("guidance", "labels"):
+            parts = PARTS if command[1] == "guidance" else orders.PARTS
+            _, key, _ = parts[command[2]]
             assert key == script.SOURCES[name]
     for plot in FIGURES.values():
         for module in re.findall(r"-m tests\.experiments\.(\w+)", plot.__doc__):
@@ -694,7 +925,7 @@ def test_figures_that_were_not_measured_are_left_out_or_refused(tmp_path, capsys
     assert chosen == [*FIGURES, "animation", "noise", "bits"]
     err = capsys.readouterr().err
     assert (f"not measured beside {path}: difficulty, decided, copies, epochs, samplers, guided, "
-            "tradeoff, ladder (") in err
+            "tradeoff, ladder, labels (") in err
     assert err.count("\n") == 1
     assert script.choose_figures(["noise", "grid"], claims, path) == ["noise", "grid"]
     claims["guidance"] = {}  # of which two figures are drawn
@@ -715,6 +946,9 @@ def test_figures_lie_beside_the_model_they_show(tmp_path):
     assert script.output_folder(run / "model.pt", None) == run / "figures"
     assert script.output_folder(run / "epoch-3.pt", None) == run / "figures-epoch-3"
     assert script.output_folder(run / "model.pt", str(tmp_path)) == tmp_path
+    assert script.output_folder(SHIPPED_LABELS, None) == script.HERE / "figures-labels"
+    assert script.output_folder(SHIPPED_LABELS.with_name("epoch-3.pt"), None) == (
+        script.HERE / "figures-labels-epoch-3")
 
 
 @pytest.mark.slow
@@ -723,8 +957,10 @@ def test_figures_without_measurements_are_left_out(tiny_run, tmp_path, capsys):
     others."""
     script.main(["--checkpoint", str(tiny_run / "model.pt"), "--out", str(tmp_path), "--device",
                  "cpu"])
-    assert {path.stem for path in tmp_path.iterdir()} == {*FIGURES, "animation"}
-    assert f"not measured beside {tiny_run / 'model.pt'}: difficulty" in capsys.readouterr().err
+    assert {path.stem for path in tmp_path.iterdir()} == {*FIGURES, "animation"} - {*LABELLED}
+    err = capsys.readouterr().err
+    assert f"not measured beside {tiny_run / 'model.pt'}: difficulty" in err
+    assert "left out: digits, weight, labels (" in err
 
 
 def test_command_draws_what_is_named(tiny_run, tmp_path, capsys):

@@ -89,9 +89,9 @@ class Counted(torch.nn.Module):
         self.model = model
         self.images = 0
 
-    def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, xt: torch.Tensor, t: torch.Tensor, *label: torch.Tensor) -> torch.Tensor:
         self.images += len(xt)
-        return self.model(xt, t)
+        return self.model(xt, t, *label)
 
 
 def guided_model(bench: Bench, setting: Setting, wrap=lambda model: model) -> torch.nn.Module:

@@ -89,7 +89,7 @@ class Bench:
         prepare_device(self.device)
         self.model = checkpoint.model.to(self.device)
         dataset = checkpoint.config.dataset
-        self.known, _ = load_images(data, True, dataset)
+        self.known, self.known_labels = load_images(data, True, dataset)
         self.real, self.labels = load_images(data, False, dataset)
         self.classifier = load_classifier()
         self.reference = look(self.classifier, self.real)
