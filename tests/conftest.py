@@ -13,6 +13,7 @@ on one day fails on the next day too.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def no_global_randomness():
     state = torch.get_rng_state()
     yield
     assert torch.equal(state, torch.get_rng_state()), "the global generator was used"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Let Ctrl-C interrupt the tests and what they start, even if a shell runs them with `&`.
+
+    Such a shell has SIGINT ignored, and what is ignored stays ignored in the processes it starts.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

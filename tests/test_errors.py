@@ -537,16 +537,18 @@ def test_signal_while_images_are_read_stops_after_one_step(tmp_path, monkeypatch
     run stops.
     """
     asked = []
+    data = tmp_path / "data"
+    data.mkdir()
 
     def download(url, *args, **kwargs):
         if not asked:
             os.kill(os.getpid(), signal.SIGINT)
         asked.append(url)
-        write_mnist(tmp_path, pictures(16), torch.zeros(16))
+        write_mnist(data, pictures(16), torch.zeros(16))
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
     with pytest.raises(SystemExit) as exit_:
-        train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--device", "cpu",
+        train.main(["--data", str(data), "--out", str(tmp_path / "run"), "--device", "cpu",
                     "--batch-size", "8"], network=little)
     assert exit_.value.code == 130 and "stopped at step 1;" in capsys.readouterr().err
     assert len(asked) == 4  # files of MNIST
@@ -558,6 +560,8 @@ def test_signal_while_images_are_read_stops_after_one_step(tmp_path, monkeypatch
 def test_second_signal_acts_at_once(number, status, monkeypatch, tmp_path):
     """While images are read, a signal is noted; the second one ends the program with its status."""
     noted = []
+    data = tmp_path / "data"
+    data.mkdir()
 
     def slow(*args, **kwargs):
         for _ in range(2):
@@ -568,9 +572,10 @@ def test_second_signal_acts_at_once(number, status, monkeypatch, tmp_path):
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", slow)
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as exit_:
-        train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run")])
+        train.main(["--data", str(data), "--out", str(tmp_path / "run")])
     assert exit_.value.code == status and noted == [number]
-    assert signal.getsignal(number) is handler and not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is handler
+    assert list(tmp_path.iterdir()) == [data] and not list(data.iterdir())
 
 
 def test_terminal_that_hangs_up_twice_cuts_no_step(place, tmp_path):
@@ -640,7 +645,7 @@ def test_second_run_in_a_folder_is_refused(options, place, tmp_path, capsys):
     train.main(command(place, tmp_path / "whole", "--epochs", "2"), network=little)
     assert same_state(tmp_path / "whole" / "last.pt", tmp_path / "run" / "last.pt")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "early.pt", "epoch-1.pt", "epoch-2.pt", "last.pt", "model.pt"]
+        "early.pt", "epoch-1.pt", "epoch-2.pt", "history.csv", "last.pt", "model.pt"]
 
 
 @pytest.mark.slow
@@ -873,9 +878,9 @@ def numbers(place: Path, out: Path) -> list:
     history = train.train(config, images=(digits[:16], digits[16:]), network=little)
     weights = list(load_checkpoint(out / "last.pt", little).state["weights"].values())
     assert all(weight.dtype == torch.float32 for weight in weights)
-    history["seconds"] = []
     return [digits, labels, *samples, *weights,
-            *(torch.tensor(losses, dtype=torch.float64) for losses in history.values())]
+            *(torch.tensor(history[name], dtype=torch.float64)
+              for name in ("loss", "held_out", "step_loss"))]
 
 
 def test_default_dtype_changes_nothing(place, tmp_path, request):

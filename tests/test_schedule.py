@@ -767,9 +767,9 @@ def test_script_prints_table_and_comparison(capsys):
 
 @pytest.mark.parametrize("name, options, defaults", [
     ("schedule", "--T --kind", "1000, linear"),
-    ("train", "--epochs --batch-size --lr --dataset --resume --quick", "15, 128, 0.003, mnist"),
-    ("sample", "--seeds --sampler --eta --variance --steps --guidance --guide --interval --restarts "
-     "--no-clip --checkpoint --out --gif", "0-31, ddpm, 0.0, beta_tilde, 1.0, all, auto"),
+    ("train", "--epochs --batch-size --lr --dataset --labels --resume --quick", "15, 128, 0.003, mnist"),
+    ("sample", "--seeds --sampler --eta --variance --steps --digits --classes --guidance --guide "
+     "--interval --restarts --no-clip --checkpoint --out --gif", "0-31, ddpm, 0.0, beta_tilde, 1.0, all, auto"),
     ("plots", "--checkpoint --out --device", "auto")])
 def test_help_shows_usage_and_defaults(name, options, defaults, capsys, monkeypatch):
     """--help of each script shows the usage, then each option; if the option takes a value, its
@@ -790,7 +790,8 @@ def test_help_shows_usage_and_defaults(name, options, defaults, capsys, monkeypa
     assert set(options.split()) <= set(shown)
     # A flag such as --resume takes no value; and without --gif no animation is written.
     without = {option for option, entry in shown.items() if "(default: " not in entry}
-    assert without <= {"-h,", "--resume", "--quick", "--no-clip", "--gif", "--restarts"}
+    assert without <= {"-h,", "--resume", "--quick", "--labels", "--no-clip", "--gif", "--restarts",
+                       "--digits", "--classes"}
 
     for mistake in (["--colour"], ["--device"]):
         with pytest.raises(SystemExit) as exit_:
