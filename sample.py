@@ -949,6 +949,17 @@ def describe_chain(args: argparse.Namespace, steps: int) -> str:
     return words
 
 
+def place_network(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Move a network to a device, and lay its weights out as sampling is fastest there."""
+    model = model.to(device)
+    # On a CPU, convolutions are faster if the channels of a pixel lie next to each other in memory
+    # (channels last) than if the pixels of a channel do. Only the last bits of the results change.
+    # Images take over the layout of the weights in the first convolution.
+    if device.type == "cpu":
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
 def begin_chain(args: argparse.Namespace, checkpoint: Checkpoint, model: torch.nn.Module,
                 seeds: list[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """The chain of these seeds, sampled as the command line says."""
@@ -1090,7 +1101,7 @@ def write_pictures(args: argparse.Namespace) -> list[Path]:
         columns = max(8, len(args.classes))  # of ten classes, each has a column
     if args.guidance != 1:
         model = guided(checkpoint, path, args.guidance, args.guide, args.interval, labels)
-    model = model.to(device)
+    model = place_network(model, device)
     levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
     check_interval(args.interval, levels)
     settings = describe_chain(args, len(levels) - 1)

@@ -147,7 +147,8 @@ def test_experiment_runs_as_shown(command, tmp_path, capsys):
         assert len(rows) > 3 and "\n".join(rows) in RESULTS
     elif name == "benchmark":
         main([*options, "--rounds", "1", "--device", "cpu"])
-        assert "ours takes" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "ours takes" in out and "channels last takes" in out
     elif name == "glyphs":
         main([*options, "--sample", str(tmp_path / "digits.png")])
         assert (tmp_path / "digits.png").exists()
@@ -219,7 +220,8 @@ def exercises(tmp_path_factory) -> tuple[list[dict], Path]:
 @pytest.mark.parametrize("name", ["fill", "blend", "clean"])
 def test_exercises_draw_the_pictures_that_are_shown(name, exercises):
     """The programs write the committed pictures, which are below 60 kB each. On another machine
-    pixels may differ by rounding; two of the digits differ by 30 grey levels on average."""
+    pixels may differ by rounding; any two rows of a picture differ by 15 grey levels or more, on
+    average over all pixels."""
     drawn = bytes_of(exercises[1] / f"{name}.png")
     shown = bytes_of(ROOT / "figures" / f"{name}.png")
     assert drawn.shape == shown.shape

@@ -41,7 +41,7 @@ from sample import (RESTARTS, SAMPLERS, VARIANCES, Guided, ddim_step, dpm_step, 
                     find_guide, guided, p_step, parse_interval, parse_seeds, predict_clean, restart,
                     sample, timesteps, to_uint8)
 from schedule import NoiseSchedule
-from strategies import FEW, SEED, normal, pictures, schedules, schedules_and_t
+from strategies import FEW, SEED, normal, pictures, same_images, schedules, schedules_and_t
 from unet import UNet
 
 LINEAR = NoiseSchedule()
@@ -2113,3 +2113,33 @@ def test_interrupted_folder_keeps_its_digits_and_says_how_to_go_on(tiny_run, tmp
     (tmp_path / "whole").rename(tmp_path.with_name(tmp_path.name + "-whole"))
     whole = files_of(tmp_path.with_name(tmp_path.name + "-whole"))
     assert all(torch.equal(digit, whole[name]) for name, digit in files_of(tmp_path).items())
+
+
+# ------------------------------------------------------------------------------ the fast layout
+
+@pytest.mark.parametrize("sampler, guidance", [
+    ("sde-dpm++", 1), ("sde-dpm++", 2), pytest.param("ddpm", 1, marks=pytest.mark.slow)])
+def test_layout_of_the_weights_changes_no_picture(sampler, guidance):
+    """On a CPU the command line lays the weights out with the channels last, where sampling is
+    faster. The digits of the shipped model are the same within one grey level, and on other devices
+    the layout stays as it was."""
+    path = script.SHIPPED
+    seeds = [0, 1, 2, 3]
+
+    def network() -> tuple[torch.nn.Module, NoiseSchedule]:
+        checkpoint = script.load_checkpoint(path)
+        if guidance == 1:
+            return checkpoint.model, checkpoint.schedule
+        return guided(checkpoint, path, guidance), checkpoint.schedule
+
+    model, schedule = network()
+    usual = to_uint8(last(sample(model, schedule, seeds, sampler)))
+    placed = script.place_network(network()[0], torch.device("cpu"))
+    wide = [weight for weight in placed.parameters() if weight.dim() == 4 and weight.shape[1] > 1
+            and weight.shape[2] > 1]
+    assert len(wide) > 10
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in wide)
+    fast = to_uint8(last(sample(placed, schedule, seeds, sampler)))
+    assert same_images(usual, fast)
+    meta = script.place_network(network()[0], torch.device("meta"))
+    assert all(weight.is_contiguous() for weight in meta.parameters())
