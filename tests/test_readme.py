@@ -256,18 +256,18 @@ def test_blends_end_at_their_digits(exercises):
 
 @pytest.mark.slow
 def test_dirt_goes_at_a_suitable_level(exercises):
-    """Exercise 8: at t = 300 the corner with the blot and the side that was lit are black again; at
+    """Exercise 8: at t = 250 the corner with the blot and the side that was lit are black again; at
     t = 100 dirt is left there; and at t = 500 the digits are less like the clean ones."""
     names = exercises[0][2]
     dirty, low, middle, high = names["rows"]
 
     def ink(images: torch.Tensor) -> float:
         """The mean brightness, 0 to 1, where the clean digits are black."""
-        black = (names["clean"] == -1).float()
+        black = (names["digits"] == -1).float()
         return ((images + 1) / 2 * black).sum().item() / black.sum().item()
 
     def error(images: torch.Tensor) -> float:
-        return (images - names["clean"]).square().mean().item()
+        return (images - names["digits"]).square().mean().item()
 
     assert ink(middle) < 0.7 * ink(low) < 0.7 * ink(dirty)
     assert error(high) > 1.5 * error(middle)
