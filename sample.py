@@ -6,6 +6,7 @@
     python sample.py --sampler sde-dpm++ --guidance 2   clearer digits, for twice the work
     python sample.py --sampler sde-dpm++ --digits 0-9   digits to order
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
+    python sample.py --seeds 0-9999 --out digits/    10,000 digits as files, 28x28 pixels each
 
 WHAT TO EXPECT. On two CPU cores 32 digits take about a minute in 1,000 steps and 2 seconds in 20.
 Of 2,000 digits, 77 % (in 20 steps 76 %) were clear to a classifier, which gave them a probability
@@ -28,12 +29,14 @@ and Salimans 2022, arXiv 2207.12598. Restarts: Xu et al. 2023, arXiv 2306.14878.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from einops import rearrange, repeat
@@ -55,6 +58,8 @@ SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm++": 20, "sde-dpm++": 20}
 
 SHIPPED = HERE / "pretrained" / "model.pt"
 SHIPPED_LABELS = HERE / "pretrained" / "labels" / "model.pt"
+
+BATCH_SIZE = 128  # of digits drawn into a folder; larger ones are hardly faster on a CPU
 
 
 # -------------------------------------------------------------------------- 1. Algorithm 2
@@ -877,13 +882,42 @@ def make_parser() -> Parser:
     parser.add_argument("--checkpoint", type=os.path.expanduser, metavar="FILE",
                         help="model file (default: your own finished run, else the shipped one)")
     parser.add_argument("--out", type=os.path.expanduser, metavar="PNG",
-                        help="picture to write (default: samples.png beside the model)")
+                        help="picture to write (default: samples.png beside the model), or a "
+                             "folder, DIR/, for a file of 28x28 pixels for each digit; the same "
+                             "command again draws those that are missing")
+    parser.add_argument("--batch-size", type=int, metavar="N",
+                        help="digits drawn at a time, with a folder "
+                             f"(default: {BATCH_SIZE})")
     parser.add_argument("--gif", type=os.path.expanduser, metavar="GIF",
                         help="write the way there as an animation, too")
     parser.add_argument("--device", default="auto",
                         help="cuda, mps or cpu; auto is the first that is there "
                              "(default: %(default)s)")
     return parser
+
+
+def is_folder(out: str | None) -> bool:
+    """Whether --out asks for a folder: it ends in a slash, or is a folder already."""
+    if not out:
+        return False
+    return out.endswith(("/", os.sep)) or Path(out).is_dir()
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raise ValueError for --out, --gif and --batch-size that do not go together."""
+    check_ending("--gif", args.gif, ".gif")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+
+    if is_folder(args.out):
+        if args.gif:
+            raise ValueError("--gif shows a grid on its way; it does not go with a folder as --out")
+        return
+    if args.out and Path(args.out).suffix.lower() != ".png":
+        raise ValueError("--out must be a file that ends in .png or a folder that ends in /, "
+                         f"not {args.out}")
+    if args.batch_size is not None:
+        raise ValueError("--batch-size is for a folder as --out; a grid is drawn in one batch")
 
 
 def check_ending(option: str, file: str | None, ending: str) -> None:
@@ -922,8 +956,12 @@ def check_interval(interval: tuple[int, int] | None, levels: list[int]) -> None:
 def describe_chain(args: argparse.Namespace, steps: int) -> str:
     """How the digits were drawn, for the description inside the picture."""
     words = f"{args.sampler}, {steps} steps"
-    if args.classes:
-        words = f"classes {','.join(args.classes)}, {words}"
+    if args.eta != 0:
+        words += f", eta {args.eta:g}"
+    if args.variance != "beta_tilde":
+        words += f", variance {args.variance}"
+    if not args.clip:
+        words += ", not clipped"
     if args.guidance != 1:
         words += f", guidance {args.guidance:g}"
     if args.guide:
@@ -935,53 +973,223 @@ def describe_chain(args: argparse.Namespace, steps: int) -> str:
     return words
 
 
-def write_pictures(args: argparse.Namespace) -> list[Path]:
-    """Sample as the command line says, and write what it asks for. Returns the files."""
-    # Load the model, and see whether the pictures can be written.
+def place_network(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Move a network to a device, and lay its weights out as sampling is fastest there."""
+    model = model.to(device)
+    # On a CPU, convolutions are faster if the channels of a pixel lie next to each other in memory
+    # (channels last) than if the pixels of a channel do. Only the last bits of the results change.
+    # Images take over the layout of the weights in the first convolution.
+    if device.type == "cpu":
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def begin_chain(args: argparse.Namespace, checkpoint: Checkpoint, model: torch.nn.Module,
+                seeds: list[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The chain of these seeds, sampled as the command line says."""
+    size = checkpoint.model.config["size"]
+    return sample(model, checkpoint.schedule, seeds, args.sampler, args.variance, args.steps,
+                  args.clip, shape=(1, size, size), eta=args.eta)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Eight hexadecimal digits that depend on all weights, those of a guide included."""
+    digest = hashlib.sha256()
+    for weights in model.parameters():
+        digest.update(weights.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def digit_file(seed: int, name: str | None) -> str:
+    """The file name of a digit: 00042.png, or 00042-7.png if class 7 was asked for.
+
+    Letters, digits and _.-~ of a class name are kept, all else becomes %20 and the like, so that
+    no two classes share a file.
+    """
+    if name is None:
+        return f"{seed:05}.png"
+    return f"{seed:05}-{quote(name, safe='')}.png"
+
+
+def find_digits(folder: Path, settings: str) -> set[str]:
+    """The names of the finished digits in a folder; a damaged file does not count.
+
+    Raises OSError if a digit in there was drawn with other settings, or no one knows with which.
+    """
+    names = set()
+    for file in sorted(folder.glob("*.png")):
+        if re.fullmatch(r"\d{5,}(-.+)?", file.stem, re.ASCII) is None:
+            continue  # some other picture
+        try:
+            with Image.open(file) as picture:
+                picture.load()  # fails if the file was cut short
+                description = picture.info.get("Description", "nothing is known of how")
+        except (OSError, SyntaxError):  # what Pillow raises for damaged files
+            continue
+        if not description.endswith(f", {settings}"):
+            raise OSError(f"{file} was drawn otherwise ({description}) than asked for now "
+                          f"({settings}); name another folder")
+        names.add(file.name)
+    return names
+
+
+def write_digit(image: torch.Tensor, path: Path, text: str) -> None:
+    """Write (1, H, W) bytes as a grey PNG with a description."""
+    with replacement_of(path) as file:
+        Image.fromarray(image[0].numpy()).save(file, format="PNG", pnginfo=described(text))
+
+
+def tell(model: torch.nn.Module, labels: torch.Tensor) -> None:
+    """Tell the Labelled network in a model the classes of the next batch."""
+    for module in model.modules():
+        if isinstance(module, Labelled):
+            module.labels = labels.to(module.labels.device)
+
+
+def missing_digits(folder: Path, seeds: list[int], names: list[str | None],
+                   settings: str) -> dict[str, int]:
+    """The files that are still to be drawn into a folder, each with its place in `seeds`.
+
+    names  the class of each seed; None if none is asked for
+
+    Makes the folder. Raises OSError if it cannot be written, or as find_digits() does.
+    """
+    make_folder(folder)
+    digits = {digit_file(seed, name): k for k, (seed, name) in enumerate(zip(seeds, names))}
+    finished = find_digits(folder, settings)
+    missing = {file: k for file, k in digits.items() if file not in finished}
+    if len(missing) < len(digits):
+        print(f"{len(digits) - len(missing)} of {len(digits)} digits are there already", flush=True)
+    return missing
+
+
+def write_folder(args: argparse.Namespace, checkpoint: Checkpoint, model: torch.nn.Module,
+                 labels: torch.Tensor | None, levels: list[int], settings: str) -> list[Path]:
+    """Draw each digit into a file of its own, in batches. Returns the folder, if it is changed.
+
+    labels    (B,) integers, the class of each seed; None if none is asked for
+    levels    those of the chain
+    settings  how the digits are drawn; the description of a file also tells seed and class
+
+    Digits that are there already are not drawn again. Raises OSError as missing_digits() does.
+    """
+    folder = Path(args.out)
+    names = [None] * len(args.seeds)
+    if labels is not None:
+        names = [checkpoint.classes[label] for label in labels]
+    missing = list(missing_digits(folder, args.seeds, names, settings).items())
+    size = args.batch_size or BATCH_SIZE
+    batches = [missing[first:first + size] for first in range(0, len(missing), size)]
+
+    with tqdm(total=len(batches) * len(levels), unit=" steps", disable=None) as bar:
+        for number, batch in enumerate(batches):
+            # Draw a batch.
+            bar.set_description(f"{number * size} of {len(missing)} digits")
+            places = [k for _, k in batch]
+            seeds = [args.seeds[k] for k in places]
+            if labels is not None:
+                tell(model, labels[places])
+            for _, _, x0_hat in begin_chain(args, checkpoint, model, seeds):
+                images = x0_hat  # the last one is the finished image
+                bar.update()
+            if args.restarts:
+                images = restart(model, checkpoint.schedule, images, seeds, clip=args.clip)
+
+            # Write it.
+            for (file, k), image in zip(batch, to_uint8(images.cpu())):
+                text = f"seed {args.seeds[k]}"
+                if names[k] is not None:
+                    text += f", class {names[k]}"
+                write_digit(image, folder / file, f"{text}, {settings}")
+    return [folder] if missing else []
+
+
+def open_network(args: argparse.Namespace, device: torch.device
+                 ) -> tuple[Path, Checkpoint, torch.nn.Module, torch.Tensor | None]:
+    """What draws as the command line says: the model file and what it holds, the network, told the
+    classes and guided if that is asked for, and the label of each seed, or None.
+    """
     path, checkpoint = open_checkpoint(args.checkpoint, labels=args.classes is not None)
-    device = pick_device(args.device)
-    prepare_device(device)
     model = checkpoint.model
     labels = None
-    columns = 8
     if args.classes:
         labels = labels_for(args.seeds, args.classes, checkpoint, path)
         model = Labelled(model, labels)
-        columns = 8 // len(args.classes) * len(args.classes)  # each class has its own columns
-        columns = max(columns, len(args.classes))
     if args.guidance != 1:
         model = guided(checkpoint, path, args.guidance, args.guide, args.interval, labels)
-    model = model.to(device)
-    levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
-    check_interval(args.interval, levels)
-    files = files_to_write(args.out, args.gif, path)
+    return path, checkpoint, place_network(model, device), labels
 
+
+def columns_of_grid(classes: list[str] | None) -> int:
+    """How many digits stand in a row: eight, or a multiple of the number of classes, if any are
+    asked for, so that the digits of a column are of one class.
+    """
+    if not classes:
+        return 8
+    return max(1, 8 // len(classes)) * len(classes)
+
+
+def write_grid(args: argparse.Namespace, checkpoint: Checkpoint, model: torch.nn.Module,
+               levels: list[int], files: list[Path], text: str) -> None:
+    """Draw the digits of all seeds as one picture, and if asked for, the way there.
+
+    levels  those of the chain
+    files   the picture, and the animation if there is one
+    text    the description inside the picture
+    """
     # Sample. An animation shows about 50 of the levels.
+    columns = columns_of_grid(args.classes)
     shown = set(levels[::max(1, len(levels) // 50)]) | {0}
     frames = []
-    size = checkpoint.model.config["size"]
-    chain = sample(model, checkpoint.schedule, args.seeds, args.sampler, args.variance, args.steps,
-                   args.clip, shape=(1, size, size), eta=args.eta)
+    chain = begin_chain(args, checkpoint, model, args.seeds)
     for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
         if args.gif and t in shown:
             frames.append(draw_grid(images, 2, columns))
-        if t == 0:
-            digits = images
+        digits = images  # the last ones are finished
     if args.restarts:
         digits = restart(model, checkpoint.schedule, digits, args.seeds, clip=args.clip)
         if args.gif:
             frames.append(draw_grid(digits, 2, columns))
 
-    # Write the picture, which says how it was made, and the animation.
-    description = PngInfo()
-    description.add_text("Description", f"{path.name}, {DATASETS[checkpoint.config.dataset]}, "
-                         f"seeds {args.seeds}, {describe_chain(args, len(levels) - 1)}")
+    # Write the picture and the animation: 80 milliseconds a frame, the digits for three seconds,
+    # again and again.
     with replacement_of(files[0]) as file:
-        draw_grid(digits, columns=columns).save(file, format="PNG", pnginfo=description)
-    if args.gif:  # 80 milliseconds a frame, the digits for three seconds, again and again
+        draw_grid(digits, columns=columns).save(file, format="PNG", pnginfo=described(text))
+    if args.gif:
         with replacement_of(files[1]) as file:
             frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                            duration=[80] * (len(frames) - 1) + [3000])
+
+
+def described(text: str) -> PngInfo:
+    """A description to be saved inside a PNG."""
+    description = PngInfo()
+    description.add_text("Description", text)
+    return description
+
+
+def write_pictures(args: argparse.Namespace) -> list[Path]:
+    """Sample as the command line says, and write what it asks for. Returns the files."""
+    # Load the model.
+    device = pick_device(args.device)
+    prepare_device(device)
+    path, checkpoint, model, labels = open_network(args, device)
+    levels = timesteps(checkpoint.schedule, args.sampler, args.steps)
+    check_interval(args.interval, levels)
+    dataset = DATASETS[checkpoint.config.dataset]
+    settings = describe_chain(args, len(levels) - 1)
+
+    # Draw each digit into a file of its own.
+    if is_folder(args.out):
+        settings = f"{path.name}, {dataset}, {settings}, weights {fingerprint(model)}"
+        return write_folder(args, checkpoint, model, labels, levels, settings)
+
+    # Draw all into one picture, which says how it was made.
+    files = files_to_write(args.out, args.gif, path)
+    if args.classes:
+        settings = f"classes {','.join(args.classes)}, {settings}"
+    text = f"{path.name}, {dataset}, seeds {args.seeds}, {settings}"
+    write_grid(args, checkpoint, model, levels, files, text)
     return files
 
 
@@ -992,8 +1200,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         pick_device(args.device)
-        check_ending("--out", args.out, ".png")
-        check_ending("--gif", args.gif, ".gif")
+        check_output(args)
         if not 0 <= args.guidance <= 100:
             raise ValueError(f"--guidance must be between 0 and 100, not {args.guidance}")
         if args.guidance == 1 and (args.guide or args.interval):
@@ -1003,9 +1210,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # Sample.
     try:
-        print("wrote", *write_pictures(args))
+        files = write_pictures(args)
+        if files:
+            print("wrote", *files)
     except KeyboardInterrupt:
-        print("\nstopped; pictures that were there are kept", file=sys.stderr)
+        advice = "pictures that were there are kept"
+        if is_folder(args.out):
+            advice = f"the digits in {args.out} are complete; the same command draws the rest"
+        print(f"\nstopped; {advice}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit("sample.py: " + str(error).partition("\n")[0])

@@ -814,7 +814,7 @@ def float32_by_default() -> Iterator[None]:
 #   * here: DATASETS (one more name), load_images (the images as (N, 3, 32, 32));
 #   * in unet.py: the stem (3 channels in), the head (3 channels out), the check at the top of
 #     UNet.forward, and the image that describe() sends through;
-#   * in sample.py: the shape in draw_digit and in write_pictures, and draw_grid, which draws grey
+#   * in sample.py: the shape in draw_digit and in begin_chain, and draw_grid, which draws grey
 #     images; in plots.py: the shape in gather, and show_image.
 #
 # 32 halves twice, to 8x8, so the network keeps its form. Photographs need a larger one: raise

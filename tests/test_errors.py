@@ -113,6 +113,10 @@ def place(tmp_path_factory, tiny_run):
     (place / "broken" / "last.pt").write_bytes(good[:5000])
     (place / "dirs" / "last.pt").mkdir(parents=True)
 
+    # A folder of digits, of which no one knows how they were drawn.
+    (place / "drawn").mkdir()
+    Image.new("L", (28, 28)).save(place / "drawn" / "00000.png")
+
     # Images.
     labels = torch.arange(16) % 10
     write_mnist(place / "mnist", pictures(16), labels)
@@ -178,6 +182,11 @@ TABLE = [
     ("sample", "--steps few", 2, "invalid int value"),
     ("sample", "--out digits", 2, "ends in .png"),
     ("sample", "--gif a.png", 2, "ends in .gif"),
+    ("sample", "--out digits.jpg", 2, "or a folder that ends in /, not digits.jpg"),
+    ("sample", "--out {p}/empty/ --gif a.gif", 2, "--gif shows a grid on its way"),
+    ("sample", "--out {p}/empty --gif a.gif", 2, "--gif shows a grid on its way"),
+    ("sample", "--out {p}/empty/ --batch-size 0", 2, "--batch-size must be at least 1, not 0"),
+    ("sample", "--batch-size 64", 2, "--batch-size is for a folder as --out"),
     ("sample", "--device abacus", 2, "here: auto, "),
     ("sample", "--guidance nan", 2, "--guidance must be between 0 and 100, not nan"),
     ("sample", "--guidance inf", 2, "--guidance must be between 0 and 100, not inf"),
@@ -267,6 +276,8 @@ TABLE = [
     ("train", f"--data {{p}}/mnist {BATCH} --out {{p}}/dirs", 1, "holds a run; go on by --resume"),
     ("sample", "--checkpoint {p}/good.pt --out {p}/file/a.png", 1, "{p}/file"),
     ("sample", "--checkpoint {p}/good.pt --gif {p}/dirs.gif", 1, "dirs.gif"),
+    ("sample", "--checkpoint {p}/good.pt --out {p}/file/", 1, "{p}/file"),
+    ("sample", "--checkpoint {p}/good.pt --out {p}/drawn/", 1, "00000.png was drawn otherwise"),
     ("plots", "loss --checkpoint {p}/good.pt --out {p}/file", 1, "{p}/file"),
     # Runs that cannot go on, or should not be overwritten.
     ("train", "--data {p}/mnist --out {p}/run", 1, "--resume"),

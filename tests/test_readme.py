@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from strategies import pictures, write_mnist
 from tests.test_bugs import BUGS
@@ -145,7 +147,8 @@ def test_experiment_runs_as_shown(command, tmp_path, capsys):
         assert len(rows) > 3 and "\n".join(rows) in RESULTS
     elif name == "benchmark":
         main([*options, "--rounds", "1", "--device", "cpu"])
-        assert "ours takes" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "ours takes" in out and "channels last takes" in out
     elif name == "glyphs":
         main([*options, "--sample", str(tmp_path / "digits.png")])
         assert (tmp_path / "digits.png").exists()
@@ -178,7 +181,7 @@ def test_python_of_the_readmes_runs(capsys):
 
     At t = 400 much of the digit is left: each result is likest to the digit that it was made of.
     """
-    six_lines, exercise = blocks("python")
+    six_lines, exercise, *_ = blocks("python")
     names = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -189,6 +192,85 @@ def test_python_of_the_readmes_runs(capsys):
     assert names["t"] == 0 and names["x0"].shape == (4, 1, 28, 28)
     apart = torch.cdist(names["x0"].flatten(1), names["digits"].flatten(1))
     assert apart.argmin(dim=1).tolist() == [0, 1, 2, 3]
+
+
+def bytes_of(picture: Path) -> torch.Tensor:
+    with Image.open(picture) as image:
+        return pil_to_tensor(image)[0].float()
+
+
+@pytest.fixture(scope="module")
+def exercises(tmp_path_factory) -> tuple[list[dict], Path]:
+    """What the names mean after exercises 6, 7 and 8, each run as it says, after the program of
+    exercise 5; and the folder with their pictures."""
+    _, before, *programs = blocks("python")
+    folder = tmp_path_factory.mktemp("exercises")
+    results = []
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        patch.chdir(folder)
+        for program in programs:
+            names = {}
+            exec(compile(before, "tests/README.md", "exec"), names)
+            exec(compile(program, "tests/README.md", "exec"), names)
+            results.append(names)
+    return results, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fill", "blend", "clean"])
+def test_exercises_draw_the_pictures_that_are_shown(name, exercises):
+    """The programs write the committed pictures, which are below 60 kB each. On another machine
+    pixels may differ by rounding; any two rows of a picture differ by 15 grey levels or more, on
+    average over all pixels."""
+    drawn = bytes_of(exercises[1] / f"{name}.png")
+    shown = bytes_of(ROOT / "figures" / f"{name}.png")
+    assert drawn.shape == shown.shape
+    assert (drawn - shown).abs().mean() < 1
+    assert (ROOT / "figures" / f"{name}.png").stat().st_size < 60_000
+
+
+@pytest.mark.slow
+def test_filled_digits_keep_the_half_that_is_known(exercises):
+    """Exercise 6: the upper half is that of the digit, to the bit; the four lower halves of a digit
+    differ, and are digits of the network, not noise: nearly all of their pixels are black or white.
+    """
+    names = exercises[0][0]
+    digits = names["digits"]
+    filled = names["xt"].unflatten(0, (4, 4))  # (way, digit, 1, 28, 28)
+    assert torch.equal(filled[..., :14, :], digits[None, ..., :14, :].expand(4, -1, -1, -1, -1))
+    lower = filled[..., 14:, :]
+    assert (lower[0] - lower[1]).abs().amax(dim=(1, 2, 3)).min() > 0.5
+    assert (lower.abs() > 0.8).float().mean() > 0.85
+
+
+@pytest.mark.slow
+def test_blends_end_at_their_digits(exercises):
+    """Exercise 7: of the four test digits, the first image of a row is most like that from which
+    the row begins, and the last most like that at which it ends."""
+    names = exercises[0][1]
+    rows = names["x0"].unflatten(0, (2, 8))
+    ends = rows[:, [0, 7]].flatten(0, 1)  # two ends for each row
+    apart = torch.cdist(ends.flatten(1), names["digits"].flatten(1))
+    assert apart.argmin(dim=1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_dirt_goes_at_a_suitable_level(exercises):
+    """Exercise 8: at t = 250 the corner with the blot and the side that was lit are black again; at
+    t = 100 dirt is left there; and at t = 500 the digits are less like the clean ones."""
+    names = exercises[0][2]
+    dirty, low, middle, high = names["rows"]
+
+    def ink(images: torch.Tensor) -> float:
+        """The mean brightness, 0 to 1, where the clean digits are black."""
+        black = (names["digits"] == -1).float()
+        return ((images + 1) / 2 * black).sum().item() / black.sum().item()
+
+    def error(images: torch.Tensor) -> float:
+        return (images - names["digits"]).square().mean().item()
+
+    assert ink(middle) < 0.7 * ink(low) < 0.7 * ink(dirty)
+    assert error(high) > 1.5 * error(middle)
 
 
 # ------------------------------------------------------------------- pictures, links and names

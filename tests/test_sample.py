@@ -43,7 +43,7 @@ from sample import (RESTARTS, SAMPLERS, VARIANCES, Guided, Labelled, ddim_step, 
                     parse_interval, parse_seeds, predict_clean, restart, sample, timesteps,
                     to_uint8)
 from schedule import NoiseSchedule
-from strategies import FEW, SEED, normal, pictures, schedules, schedules_and_t
+from strategies import FEW, SEED, normal, pictures, same_images, schedules, schedules_and_t
 from unet import UNet
 
 LINEAR = NoiseSchedule()
@@ -2353,3 +2353,220 @@ def test_digits_to_order_come_from_a_model_with_labels(tmp_path, monkeypatch, ca
     assert script.open_checkpoint(None, labels=True)[0] == shipped
     assert "is not finished yet" in capsys.readouterr().err
     assert script.open_checkpoint(None, finished=False, labels=True)[0] == own
+
+
+# ------------------------------------------------------------------------------ digits as files
+
+def files_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The pictures in a folder by their names, (28, 28) bytes each."""
+    pictures = {}
+    for file in sorted(folder.iterdir()):
+        with Image.open(file) as picture:
+            assert picture.mode == "L"
+            pictures[file.name] = pil_to_tensor(picture)[0]
+    return pictures
+
+
+def cell(grid: torch.Tensor, k: int) -> torch.Tensor:
+    """Image k of a grid of eight columns, (28, 28) bytes."""
+    top = 4 + 116 * (k // 8)
+    left = 4 + 116 * (k % 8)
+    return grid[top:top + 112:4, left:left + 112:4]
+
+
+@pytest.fixture(scope="module")
+def labelled_model(tiny_run, tmp_path_factory) -> Path:
+    """The model of tiny_run with labels: three classes with awkward names, which it tells apart."""
+    state = torch.load(tiny_run / "model.pt", weights_only=True)
+    state["network"] = {**state["network"], "classes": 3}
+    state["classes"] = ["T-shirt/top", "T-shirt top", "7"]
+    table = 20 * normal(1, 3, 20, dtype=torch.float32)
+    gain = normal(2, 2, 20, dtype=torch.float32)
+    state["average"] = {**state["average"], "table": table, "gain.weight": gain}
+    path = tmp_path_factory.mktemp("labelled") / "model.pt"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("options", [
+    ("--sampler", "sde-dpm++", "--steps", "5"),
+    ("--steps", "4", "--restarts"),
+    ("--sampler", "ddim", "--steps", "4", "--guidance", "3"),
+], ids=lambda options: options[-1])
+def test_digits_in_files_are_those_of_the_grid(options, tiny_run, tmp_path):
+    """--out FOLDER/ writes a grey PNG of 28x28 pixels for each seed, named by the seed. In whatever
+    batches they are drawn, image k is image k of the grid, within one grey level."""
+    model = tiny_run / "model.pt"
+    grid = draw(model, "--seeds", "40-49,123456", *options, folder=tmp_path)
+    script.main(["--checkpoint", str(model), "--device", "cpu", "--seeds", "40-49,123456",
+                 *options, "--out", f"{tmp_path}/new/digits/", "--batch-size", "4"])
+    digits = files_of(tmp_path / "new" / "digits")
+    assert list(digits) == [*(f"000{seed}.png" for seed in range(40, 50)), "123456.png"]
+    for k, digit in enumerate(digits.values()):
+        assert digit.shape == (28, 28)
+        assert (digit.int() - cell(grid, k).int()).abs().max() <= 1
+        assert (digit.int() - cell(grid, (k + 1) % 11).int()).abs().max() > 50
+
+
+@pytest.mark.parametrize("options", [(), ("--guidance", "2")], ids=["plain", "guided"])
+def test_digits_to_order_in_files_have_their_class_in_the_name(options, labelled_model, tmp_path):
+    """Seed 3 in class 7 is 00003-7.png. Other signs than letters, digits and _.-~ are written as
+    %2F and the like, so that each class has a file of its own. Each batch is told its own labels:
+    the images are those of the grid."""
+    names = "7,T-shirt/top,t-shirt top"
+    common = ["--sampler", "sde-dpm++", "--steps", "5", "--seeds", "0-6", "--classes", names]
+    grid = draw(labelled_model, *common, *options, folder=tmp_path)
+    script.main(["--checkpoint", str(labelled_model), "--device", "cpu", *common, *options,
+                 "--out", f"{tmp_path}/digits/", "--batch-size", "2"])
+    digits = files_of(tmp_path / "digits")
+    kinds = ["7", "T-shirt%2Ftop", "T-shirt%20top"]
+    assert list(digits) == [f"0000{k}-{kinds[k % 3]}.png" for k in range(7)]
+    for k, digit in enumerate(digits.values()):
+        assert (digit.int() - cell(grid, k).int()).abs().max() <= 1
+    other = draw(labelled_model, *common[:-1], "7", *options, folder=tmp_path)
+    assert (cell(grid, 1).int() - cell(other, 1).int()).abs().max() > 1  # labels do matter
+    with Image.open(tmp_path / "digits" / "00001-T-shirt%2Ftop.png") as picture:
+        assert picture.info["Description"].startswith("seed 1, class T-shirt/top, model.pt, MNIST")
+
+
+def into_folder(model: Path, folder: Path, *options: str) -> None:
+    script.main(["--checkpoint", str(model), "--device", "cpu", "--sampler", "ddim", "--steps", "3",
+                 "--out", f"{folder}/", *options])
+
+
+def test_digits_that_are_there_are_not_drawn_again(tiny_run, tmp_path, capsys):
+    """The same command again draws what is missing, was cut short or is damaged, and no more.
+    Other pictures and seeds in the folder are left alone."""
+    model = tiny_run / "model.pt"
+    into_folder(model, tmp_path, "--seeds", "0-5")
+    complete = files_of(tmp_path)
+    cut = (tmp_path / "00001.png").read_bytes()[:-40]
+    (tmp_path / "00001.png").write_bytes(cut)
+    (tmp_path / "00002.png").write_bytes(b"")
+    (tmp_path / "00003.png").unlink()
+    Image.new("L", (5, 5)).save(tmp_path / "notes.png")
+    times = [(tmp_path / f"0000{k}.png").stat().st_mtime_ns for k in (0, 4, 5)]
+    capsys.readouterr()
+
+    into_folder(model, tmp_path, "--seeds", "1-6,0,1")
+    assert "3 of 7 digits are there already" in capsys.readouterr().out
+    assert times == [(tmp_path / f"0000{k}.png").stat().st_mtime_ns for k in (0, 4, 5)]
+    now = files_of(tmp_path)
+    assert list(now) == [*complete, "00006.png", "notes.png"]
+    for name, digit in complete.items():
+        assert (digit.int() - now[name].int()).abs().max() <= 1
+
+    into_folder(model, tmp_path, "--seeds", "0-6")
+    out = capsys.readouterr().out
+    assert "7 of 7 digits are there already" in out and "wrote" not in out
+
+
+@pytest.mark.parametrize("options", [
+    ("--steps", "4"), ("--sampler", "ddpm"), ("--eta", "0.5"), ("--no-clip",), ("--restarts",),
+    ("--sampler", "ddpm", "--variance", "beta"), ("--guidance", "2"),
+], ids=" ".join)
+def test_digits_drawn_otherwise_are_not_mixed(options, tiny_run, tmp_path, capsys):
+    """A folder with digits of other settings is refused, in one line that names one of them, before
+    anything is drawn; even if their seeds are others. So is a digit of unknown origin."""
+    model = tiny_run / "model.pt"
+    into_folder(model, tmp_path, "--seeds", "7")
+    names = [file.name for file in tmp_path.iterdir()]
+    with pytest.raises(SystemExit) as exit_:
+        into_folder(model, tmp_path, "--seeds", "8,9", *options)
+    message = exit_.value.code
+    assert "00007.png was drawn otherwise (seed 7, model.pt, MNIST, ddim, 3 steps" in message
+    assert message.endswith("; name another folder") and "\n" not in message
+    assert [file.name for file in tmp_path.iterdir()] == names
+
+    Image.new("L", (28, 28)).save(tmp_path / "00007.png")
+    with pytest.raises(SystemExit, match="nothing is known of how"):
+        into_folder(model, tmp_path, "--seeds", "8,9")
+
+
+def test_digits_of_another_model_of_the_same_name_are_not_mixed(tiny_run, tmp_path):
+    """A run that was trained anew is another model, although its file is again model.pt; and so is
+    the same model with another guide."""
+    state = torch.load(tiny_run / "model.pt", weights_only=True)
+    state["average"]["stem.bias"][0] += 1e-3
+    (tmp_path / "other").mkdir()
+    torch.save(state, tmp_path / "other" / "model.pt")
+    into_folder(tiny_run / "model.pt", tmp_path / "digits", "--seeds", "7")
+    with pytest.raises(SystemExit, match="was drawn otherwise"):
+        into_folder(tmp_path / "other" / "model.pt", tmp_path / "digits", "--seeds", "7")
+
+    for name, shift in (("early.pt", 0.0), ("early-2.pt", 1e-3)):
+        early = torch.load(tiny_run / "early.pt", weights_only=True)
+        early["average"]["stem.bias"][0] += shift
+        (tmp_path / name[:-3]).mkdir()
+        torch.save(early, tmp_path / name[:-3] / "early.pt")
+    guided_by = [("--guidance", "2", "--guide", str(tmp_path / name / "early.pt"))
+                 for name in ("early", "early-2")]
+    into_folder(tiny_run / "model.pt", tmp_path / "guided", "--seeds", "7", *guided_by[0])
+    into_folder(tiny_run / "model.pt", tmp_path / "guided", "--seeds", "8", *guided_by[0])
+    with pytest.raises(SystemExit, match="was drawn otherwise"):
+        into_folder(tiny_run / "model.pt", tmp_path / "guided", "--seeds", "8", *guided_by[1])
+
+
+def test_interrupted_folder_keeps_its_digits_and_says_how_to_go_on(tiny_run, tmp_path, capsys):
+    """Ctrl-C in the second of three batches exits with 130. The digits of the first are there,
+    complete, and none of the second. The message says that the same command draws the rest, and it
+    does."""
+    calls = []
+
+    def press_ctrl_c(module, arguments, output) -> None:
+        """What torch calls after each layer: in the fifth call of the network, send the signal."""
+        if isinstance(module, UNet):
+            calls.append(module)
+            if len(calls) == 5:
+                signal.raise_signal(signal.SIGINT)
+
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hook = register_module_forward_hook(press_ctrl_c)
+    options = ("--seeds", "0-5", "--batch-size", "2")
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            into_folder(tiny_run / "model.pt", tmp_path, *options)
+    finally:
+        hook.remove()
+        signal.signal(signal.SIGINT, usual)
+    assert exit_.value.code == 130
+    assert f"the digits in {tmp_path}/ are complete; the same command draws the rest" in \
+        capsys.readouterr().err
+    assert list(files_of(tmp_path)) == ["00000.png", "00001.png"]
+
+    into_folder(tiny_run / "model.pt", tmp_path, *options)
+    assert list(files_of(tmp_path)) == [f"0000{k}.png" for k in range(6)]
+    into_folder(tiny_run / "model.pt", tmp_path / "whole", *options)
+    (tmp_path / "whole").rename(tmp_path.with_name(tmp_path.name + "-whole"))
+    whole = files_of(tmp_path.with_name(tmp_path.name + "-whole"))
+    assert all(torch.equal(digit, whole[name]) for name, digit in files_of(tmp_path).items())
+
+
+# ------------------------------------------------------------------------------ the fast layout
+
+@pytest.mark.parametrize("sampler, guidance", [
+    ("sde-dpm++", 1), ("sde-dpm++", 2), pytest.param("ddpm", 1, marks=pytest.mark.slow)])
+def test_layout_of_the_weights_changes_no_picture(sampler, guidance):
+    """On a CPU the command line lays the weights out with the channels last, where sampling is
+    faster. The digits of the shipped model are the same within one grey level, and on other devices
+    the layout stays as it was."""
+    path = script.SHIPPED
+    seeds = [0, 1, 2, 3]
+
+    def network() -> tuple[torch.nn.Module, NoiseSchedule]:
+        checkpoint = script.load_checkpoint(path)
+        if guidance == 1:
+            return checkpoint.model, checkpoint.schedule
+        return guided(checkpoint, path, guidance), checkpoint.schedule
+
+    model, schedule = network()
+    usual = to_uint8(last(sample(model, schedule, seeds, sampler)))
+    placed = script.place_network(network()[0], torch.device("cpu"))
+    wide = [weight for weight in placed.parameters() if weight.dim() == 4 and weight.shape[1] > 1
+            and weight.shape[2] > 1]
+    assert len(wide) > 10
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in wide)
+    fast = to_uint8(last(sample(placed, schedule, seeds, sampler)))
+    assert same_images(usual, fast)
+    meta = script.place_network(network()[0], torch.device("meta"))
+    assert all(weight.is_contiguous() for weight in meta.parameters())

@@ -1478,7 +1478,7 @@ def test_names_of_the_classes_are_saved(tmp_path):
     training, (images, labels) = MARKED
     learn(small(tmp_path, labels=True, epochs=1), images=(training, (images, labels + 2)))
     assert len(files(tmp_path)) == 5
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.pt"):
         saved = load_checkpoint(path)
         assert saved.classes == ["0", "1", "2", "3", "4", "5", "6"]
         assert saved.model.config["classes"] == 7 and saved.model.table.shape == (7, 4)
