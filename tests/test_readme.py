@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from sample import SHIPPED_LABELS
 from strategies import pictures, write_mnist
 from tests.test_bugs import BUGS
 from tests.test_tags import HEAD, table
@@ -106,7 +107,8 @@ def test_every_command_is_of_a_kind_that_is_tried():
 def test_script_runs_as_shown(command, tiny_run, tiny_data, tmp_path, monkeypatch, capsys):
     """Each option that is shown is given; those that say how much, and from where, come after it."""
     name, *options = shlex.split(command)
-    model = ["--checkpoint", str(tiny_run / "model.pt"), "--device", "cpu"]
+    model_file = SHIPPED_LABELS if "--digits" in options else tiny_run / "model.pt"
+    model = ["--checkpoint", str(model_file), "--device", "cpu"]
     budget = {
         "train.py": ["--data", str(tiny_data), "--images", "16", "--val-images", "8", "--epochs",
                      "1", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path / "run")],
