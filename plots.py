@@ -6,8 +6,10 @@
 WHAT TO EXPECT. All figures together take a minute or two on two CPU cores, most of it to sample 32
 digits in 1,000 steps. Each is written as a PNG file (the animation as a GIF), and its name is
 printed. Figures of the shipped model go into figures/, those of your own finished run in runs/mnist
-into runs/mnist/figures/. Three figures are of a model that was trained with labels, and lie beside
-it in the same way. This script only draws; it never trains and never measures.
+into runs/mnist/figures/. Three figures, those of section 5, are of a model that was trained with
+labels: your own finished run in runs/mnist-labels, with its figures in a folder beside it, else the
+shipped one, whose figures go into figures/, too. This script only draws; it never trains and never
+measures.
 
 HOW TO READ IT. Each figure has a function plot_NAME. Its docstring says what is drawn, what there
 is to see, and how it was measured. Functions above it compute or draw its parts.
@@ -1219,17 +1221,17 @@ def draw_guidance_without_labels(ax: Axes, rows: dict[str, dict], count: int) ->
 def plot_labels(material: Material) -> Figure:
     """What do the label and a growing w bring, and at what price?
 
-    Each point is a set of digits that were asked for evenly. The further to the left, the closer
-    they are to real ones; the higher, the more of them are clear (on the left) or the digit that
-    was asked for (on the right). Every curve begins at w = 1, where the network is told the label
+    Each point is a set of digits. The further to the left in its panel, the closer they are to real
+    ones; the higher, the more of them are clear (left panel) or are the digit that was asked for
+    (right panel). Every curve begins at w = 1, where the network is told the label
     and not guided; the numbers along it are w. The grey curves are the digits of the model without
     labels, guided by its own earlier state (plot_tradeoff).
 
-        clear           the share of digits to which the classifier gives a probability above 0.9 of
-                        being some digit
+        clear           the share of digits for which the classifier gives one of the ten classes a
+                        probability above 0.9, each of the ten asked for equally often
         named           the share that the classifier gives the name that was asked for
         distance        the Fréchet distance to 10,000 training images (plot_samplers explains it),
-                        of a set with digits as frequent as in MNIST. Small differences mean little:
+                        of digits asked for as often as they are in MNIST. Small differences mean little:
                         for sets of 500 real digits its standard deviation is 1.2
         guide           the worse network: the same one, not told the label (classifier-free
                         guidance); or early.pt, an earlier state of it, not told the label or told

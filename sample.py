@@ -6,14 +6,17 @@
     python sample.py --sampler sde-dpm++ --guidance 2   clearer digits, for twice the work
     python sample.py --sampler sde-dpm++ --digits 0-9   digits to order
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
-    python sample.py --seeds 0-9999 --out digits/    10,000 digits as files, 28x28 pixels each
+    python sample.py --sampler sde-dpm++ --seeds 0-9999 --out digits/
+                                                     10,000 digits as files of 28x28 pixels
 
 WHAT TO EXPECT. On two CPU cores 32 digits take about a minute in 1,000 steps and 2 seconds in 20.
-Of 2,000 digits, 77 % (in 20 steps 76 %) were clear to a classifier, which gave them a probability
-above 0.9 of being some digit (of real test digits, 97 %). Most of the others show strokes of the
-right kind that form no numeral. The picture goes beside the model file, or into runs/pretrained/ if
-the model is the shipped one (pretrained/model.pt, which this project trained and brings along).
-Your own finished run in runs/mnist/ is used if there is one.
+Of 2,000 digits, 77 % (in 20 steps 76 %) were clear to a classifier, which means that it gave one of
+the ten digits a probability above 0.9 (of real test digits, 97 %). Most of the others show strokes
+of the right kind that form no numeral. The picture goes beside the model file, or into
+runs/pretrained/ if the model is the shipped one (pretrained/model.pt, which this project trained
+and brings along). Your own finished run in runs/mnist/ is used if there is one. --digits needs a
+model that was trained with labels: your own finished run in runs/mnist-labels/, else
+pretrained/labels/model.pt.
 
 CONTENTS. 1. Algorithm 2, the whole of sampling in a few lines. 2. The clean image that a guess at
 the noise implies. 3. One step back. 4. DDIM: a step back that adds no noise. 5. DPM-Solver++: fewer
@@ -255,8 +258,8 @@ def noise_again(schedule: NoiseSchedule, xt: torch.Tensor, t: int, x0_hat: torch
 #       x_s / √(1-ᾱ_s) = r_s x̂₀ + ε̂
 #
 # Before the step, likewise, x_t / √(1-ᾱ_t) = r_t x̂₀ + ε̂. So the step changes x/√(1-ᾱ) by
-# (r_s-r_t) x̂₀: the path of x/√(1-ᾱ), drawn over r, has the slope x̂₀. A DDIM step follows this path
-# exactly if x̂₀ stays as it is during the step. But x̂₀ becomes clearer all the time.
+# (r_s-r_t) x̂₀: the path of x/√(1-ᾱ), drawn over r, has the slope x̂₀. A DDIM step follows this
+# path exactly if x̂₀ stays as it is during the step. But x̂₀ becomes clearer all the time.
 #
 # DPM-Solver++(2M) assumes instead that x̂₀ changes linearly with u = log r. It draws a line through
 # the last two predictions, and uses the x̂₀ that this line gives half-way to the next level. ("2M"
@@ -373,14 +376,21 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
 # not so. It is true that at each t, ε̂ = w ε_model - (w-1) ε_worse belongs to such a density of
 # noisy images. To see it, write the density of x_t as p_t(x_t) = ∫ q(x_t|x₀) p(x₀) dx₀ and take the
 # gradient ∇ with respect to x_t. The logarithm of the Gaussian q(x_t|x₀) has the gradient
-# -(x_t - √ᾱ_t x₀) / (1-ᾱ_t) = -ε/√(1-ᾱ_t), so
+# -(x_t - √ᾱ_t x₀) / (1-ᾱ_t) = -ε/√(1-ᾱ_t), where ε = (x_t - √ᾱ_t x₀) / √(1-ᾱ_t) is the noise that
+# leads from x₀ to x_t. As ∇q = q ∇log q for any density,
 #
 #       ∇p_t(x_t) = ∫ -ε/√(1-ᾱ_t) · q(x_t|x₀) p(x₀) dx₀
 #
-# Divided by p_t(x_t), the right side is an average over all x₀ that x_t could have come from, and
-# the average of ε is the perfect answer of section 1. So this answer is -√(1-ᾱ_t) ∇ log p_t(x_t),
-# and a combination of answers belongs to the same combination of logarithms. But the densities of
-# different t do not belong together: noise added to the one of t = 0 does not give the others.
+# Divide by p_t(x_t). The left side becomes ∇log p_t(x_t). On the right, q(x_t|x₀) p(x₀) / p_t(x_t)
+# is by Bayes' rule the probability density of x₀ given x_t, so the integral becomes the average of
+# -ε/√(1-ᾱ_t) over all x₀ that x_t could have come from. The average of ε is the perfect answer of
+# section 1. So
+#
+#       the perfect answer = -√(1-ᾱ_t) ∇log p_t(x_t)
+#
+# and w ε_model - (w-1) ε_worse belongs to the density with the logarithm w log p_t - (w-1) log
+# p_worse,t. But these densities of different t do not belong together: noise added to the one of
+# t = 0 does not give the others.
 #
 # A case that can be computed: the data are N(0, 1), the model is perfect, the worse network is
 # perfect for N(0, a), a being its variance, with a = 2, and w = 2. The density above would have the
@@ -392,8 +402,8 @@ def timesteps(schedule: NoiseSchedule, sampler: str = "ddpm", steps: int | None 
 #
 # Guidance can be limited to an interval of noise levels. At large t, where the digit is still open,
 # it narrows the choice of images; at small t, where all is decided, it changes little. With w = 2,
-# guidance at t from 150 to 700 gives digits that are as good (distance 2.3). Of 20 steps, 12 then
-# need the second network.
+# guidance at t from 150 to 700 gives as many clear digits as at all t, at a smaller distance (2.3).
+# Of 20 steps, 12 then need the second network.
 
 class Guided(torch.nn.Module):
     """A network made of two, which sample() uses as any other.               [Autoguidance]
@@ -405,9 +415,9 @@ class Guided(torch.nn.Module):
     interval  (low, high): the t, both ends included, at which guidance acts; at others the model
               answers alone. None is all t
 
-    If model is a Labelled network (section 8) and worse is the same network without its label,
-    this is classifier-free guidance [CFG Eq. 6]. Called as network(xt, t), as UNet is. Raises ValueError for a
-    guidance that is not finite and for an empty interval.
+    If model is a Labelled network (section 8) and worse is the same network without its label, this
+    is classifier-free guidance [CFG Eq. 6]. Called as network(xt, t), as UNet is. Raises ValueError
+    for a guidance that is not finite and for an empty interval.
     """
 
     def __init__(self, model: torch.nn.Module, worse: torch.nn.Module, guidance: float,
@@ -452,37 +462,43 @@ class Guided(torch.nn.Module):
 
 # ----------------------------------------------------------- 8. Labels: digits to order
 #
-# train.py --labels trains a network that is told which digit is in the image: ε_θ(x_t, t, c) for
-# the class c, and for one image in ten ε_θ(x_t, t), without a label. The rest of the book stays as
-# it is. All that is said about x₀ holds for the images of one class, too, and a sampler that is
-# given the answers for class 7 draws sevens.
+# "Draw me a 7." train.py --labels trains a network that is told the class c of each image and
+# learns the answer ε(x_t, t, c). From one image in ten the label is withheld, so that it learns the
+# answer ε(x_t, t) without a label as well. Nothing else in these scripts has to change: all that is
+# said about x₀ holds for the images of a single class, too, and a sampler that is given the answers
+# for class 7 draws sevens.
 #
-# How do the two answers differ? By Bayes' rule p_t(x_t | c) = p_t(x_t) p(c | x_t) / p(c). Take the
-# logarithm and its gradient. Since the perfect answers are -√(1-ᾱ_t) times the gradients of
-# log p_t(x_t | c) and of log p_t(x_t), see section 7,
+# How do the two answers differ? Let p_t(x_t | c) be the density of the noisy images of class c. By
+# Bayes' rule it is p_t(x_t) p(c | x_t) / p(c). Take the logarithm and its gradient with respect to
+# x_t, in which p(c) does not occur. By section 7 the perfect answers are -√(1-ᾱ_t) times the
+# gradients of log p_t(x_t | c) and of log p_t(x_t), so
 #
-#       ε(x_t, t) - ε(x_t, t, c) = √(1-ᾱ_t) ∇ log p(c | x_t)
+#       ε(x_t, t, c) = ε(x_t, t) - √(1-ᾱ_t) ∇log p(c | x_t)
 #
-# p(c | x_t) is what a perfect classifier of noisy images says. So the label pushes the image in the
-# direction in which this classifier becomes more certain of c, without anyone having trained a
-# classifier. Hence the name of what comes next, classifier-free guidance: push w times as hard.
+# p(c | x_t) is what a perfect classifier says about a noisy image. A step back takes away a part of
+# the noise, that is, it goes against ε̂. So the label pushes the image in the direction in which
+# this classifier becomes more certain of c, although no one has trained a classifier. Hence the
+# name of what comes next, classifier-free guidance: push w times as hard.
 #
 #       ε̂ = ε(x_t, t) + w (ε(x_t, t, c) - ε(x_t, t))                        [CFG Eq. 6]
 #
-# This is Guided, where the worse network is the same network, not told the label. w = 0 draws any
-# digit, w = 1 the digits of class c as they are, and a larger w those of which a classifier would
-# be more certain still. (Ho and Salimans write 1 + w where we write w.)
+# This is the formula of Guided, and the worse network is the same network without its label. w = 0
+# draws any digit, w = 1 digits of class c as they are, and a larger w digits of which a classifier
+# would be more certain still. (Ho and Salimans write 1 + w where we write w.)
 #
-# One more law. The answer without a label is the mean of all noises that may be in x_t; first over
-# those of each class, then over the classes:
+# How can one check the two answers against each other? The answer without a label is the average of
+# all noises that may be in x_t. Average first within each class, then over the classes:
 #
 #       ε(x_t, t) = Σ_c p(c | x_t) ε(x_t, t, c)
 #
-# From digits to pictures of anything that one can put into words it is a short way. Where this
-# network adds the row of its table that belongs to the class, a text-to-image model adds what
-# another network, a text encoder, makes of a sentence (and lets attention look at its single
-# words). The sentence is dropped at times in training, and guidance goes from the answer without it
-# to the answer with it. Nothing else changes.
+# tests/experiments/README.md says how well our network obeys this.
+#
+# And "draw me a cat in the rain"? From here to text-to-image models it is a short way. Where this
+# network adds the row of its table that belongs to the class, they add what another network, a text
+# encoder, makes of the sentence. (Most also let attention look at its words: the places of the
+# image ask the queries, the words give keys and values.) In training the sentence is withheld now
+# and then, and guidance goes from the answer without it to the answer with it and beyond. Only the
+# row of the table is replaced; the noising, the loss and the samplers stay as they are.
 
 class Labelled(torch.nn.Module):
     """A network that is told what to draw, which sample() uses as any other.       [CFG]
@@ -861,8 +877,8 @@ def make_parser() -> Parser:
                         help="number of steps (default: all T for ddpm, 50 for ddim, else 20)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--digits", type=parse_digits, metavar="DIGITS", dest="classes",
-                      help="what to draw, for the seeds in turn, such as 7 or 0-9; for a model "
-                           "trained with labels")
+                      help="what to draw, such as 7 or 0-9, given to the seeds in turn; for a "
+                           "model trained with labels")
     what.add_argument("--classes", type=lambda text: text.split(","), metavar="NAMES",
                       help="the same for other data sets: names of classes, with commas")
     parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
@@ -1027,8 +1043,8 @@ def find_digits(folder: Path, settings: str) -> set[str]:
         except (OSError, SyntaxError):  # what Pillow raises for damaged files
             continue
         if not description.endswith(f", {settings}"):
-            raise OSError(f"{file} was drawn otherwise ({description}) than asked for now "
-                          f"({settings}); name another folder")
+            raise OSError(f"{file} was drawn with other settings ({description}) than those "
+                          f"of now ({settings}); name another folder")
         names.add(file.name)
     return names
 

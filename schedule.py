@@ -414,8 +414,8 @@ class Output:
 def forgiving_output() -> Iterator[None]:
     """Let nothing that is printed stop a script; see Output. Also a decorator for main()."""
     # C libraries write their messages to file 2, whatever it is. If standard error is closed, the
-    # next file that is opened, perhaps a model file, gets this number, and the messages. So take up
-    # the numbers 0 to 2 first, if they are free.
+    # next file that is opened, perhaps a model file, gets this number, and the messages would end
+    # up in that file. So take up the numbers 0 to 2 first, if they are free.
     number = 0
     while number <= 2:
         number = os.open(os.devnull, os.O_RDWR)

@@ -5,7 +5,8 @@
     python train.py --dataset folder --data DIR   your own images, from DIR/CLASS/*
     python train.py --resume               go on with a run that was stopped
     python train.py --resume --epochs 30   train a run longer, whether it was stopped or is finished
-    python train.py --labels               tell the network the digits, to draw what is asked for
+    python train.py --labels               tell the network which digit each image shows, so that
+                                           sample.py can draw the one that you ask for
     python train.py --quick                a first look, in less than three minutes
     torchrun --nproc-per-node=2 train.py   on two GPUs
 
@@ -30,21 +31,22 @@ WHAT IS WRITTEN, into runs/mnist/ or the folder given by --out:
     history.csv  the losses and the seconds of each epoch as a table, with the columns epoch, loss,
                  held_out and seconds; with --labels also held_out_untold, see train()
 
-All but early.pt are written at the end of each epoch, the first two also after the very first step
-and together with early.pt. After Ctrl-C, or if the terminal is closed, the step under way is
-finished and the first two are written. An epoch (one pass over the images) prints one line: its
-training loss, the loss on images that are held out (the test images, unless --val-images is given),
-and beside them the training loss that the blog "Deconstructing Diffusion Models", whose figures
-these five scripts redraw, published for this epoch. With --labels, which goes into
-runs/mnist-labels/, the loss on held-out images is measured twice: with every label told to the
-network, and with none.
+All but early.pt are written at the end of each epoch, the first two also after the first step (of
+the run, or after a change of plan, see below) and together with early.pt. After Ctrl-C, or if the
+terminal is closed, the step under way is finished and the first two are written. An epoch (one pass
+over the images) prints one line: its training loss, the loss on images that are held out (the test
+images, unless --val-images is given), and beside them the training loss that the blog
+"Deconstructing Diffusion Models", whose figures these five scripts redraw, published for this
+epoch. With --labels, which goes into runs/mnist-labels/, the loss on held-out images is measured
+twice: with every label told to the network, and with none.
 
 TRAINING LONGER. --resume goes on with the options that the run began with. Two of them, --epochs
-and --lr, may be changed. From this step on, the learning rate is then that of a run which was
-planned so from the beginning, so there is no second warm-up. In a finished run it has fallen to 0.
-With twice as many epochs it jumps back to about half of its highest value, and the loss may rise
-for some steps before it falls below where it was. If early.pt has been written, it stays; otherwise
-it follows the new plan. model.pt is overwritten, but epoch-15.pt keeps the model of the old plan.
+and --lr, may be changed. From the step at which the run is resumed, the learning rate is then that
+of a run which was planned so from the beginning, so there is no second warm-up. In a finished run
+it has fallen to 0. With twice as many epochs it jumps back to about half of its highest value, and
+the loss may rise for some steps before it falls below where it was. If early.pt has been written,
+it stays; otherwise it follows the new plan. model.pt is overwritten, but epoch-15.pt keeps the
+model of the old plan.
 
 CONTENTS. 1. What to ask of the network. 2. One training step. 3. Around the step: learning rate,
 averaged weights, evaluation. 4. The training loop. Below the line: a run as an object, the images
@@ -136,7 +138,8 @@ class Config:
     seed: int = option(0, "seed of the weights, the image order and all noise")
     images: int = option(0, "train on the first N images only; 0 takes all")
     val_images: int = option(0, "hold out the last N training images, not the test set")
-    labels: bool = option(False, "tell the network the class of each image, to draw what is asked")
+    labels: bool = option(False, "tell the network the class of each image, so that sample.py can "
+                                 "draw the class that is asked for")
 
     # Where to compute it. These are not saved, because another machine has other folders.
     data: str = option(str(HERE / "data"),
@@ -464,9 +467,9 @@ def train(config: Config, resume: bool = False,
                    run.history up to date, which otherwise happens every 20 steps)
 
     Returns the history: lists "loss", "held_out" and "seconds" with a number for each epoch, and
-    "step_loss" with a number for each step; and the list "plans", the first plan of the run and
-    those that it was resumed with: "step" steps were finished when it began, "steps" and "epochs"
-    are planned in all, with the highest learning rate "lr". With labels, "held_out" is the loss
+    "step_loss" with a number for each step; and the list "plans", a dict for each plan that the run
+    has followed: step (steps that were finished when it began), steps and epochs (planned in all)
+    and lr (the highest learning rate). With labels, "held_out" is the loss
     when every label is told, and the list "held_out_untold" has the loss when none is. Raises
     ValueError if the options, the images and the files do not fit together, OSError if a file
     cannot be read or written, FloatingPointError if the loss is no longer finite, RuntimeError if
@@ -814,8 +817,8 @@ def float32_by_default() -> Iterator[None]:
 #   * here: DATASETS (one more name), load_images (the images as (N, 3, 32, 32));
 #   * in unet.py: the stem (3 channels in), the head (3 channels out), the check at the top of
 #     UNet.forward, and the image that describe() sends through;
-#   * in sample.py: the shape in draw_digit and in begin_chain, and draw_grid, which draws grey
-#     images; in plots.py: the shape in gather, and show_image.
+#   * in sample.py: the shape in draw_digit and in begin_chain, and draw_grid and write_digit, which
+#     write grey images; in plots.py: the shape in gather and in draw_to_order, and show_image.
 #
 # 32 halves twice, to 8x8, so the network keeps its form. Photographs need a larger one: raise
 # `channels` in unet.py.
@@ -887,7 +890,10 @@ def split_images(config: Config, images: tuple | None = None) -> tuple[Examples,
 
 
 def as_examples(part: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Examples:
-    """Images, or a pair of images and labels, as Examples. Raises ValueError for odd labels."""
+    """Images, or a pair of images and labels, as Examples.
+
+    Raises ValueError for labels that do not fit the images.
+    """
     if isinstance(part, torch.Tensor):
         return Examples(part)
     images, labels = part
@@ -1141,7 +1147,7 @@ def grey_levels(picture) -> torch.Tensor:
     # More than 8 bits for each pixel.
     highest = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "F": 1}
     if picture.format in ("PNG", "PPM"):
-        highest["I"] = 65535  # PIL has no 16-bit mode for these
+        highest["I"] = 65535  # Pillow may read 16-bit files of these formats as "I", 32 bits
     if picture.mode in highest:
         levels = torch.tensor(numpy.array(picture, "float64")) / highest[picture.mode]
         if not (levels.min() >= 0 and levels.max() <= 1):  # NaN fails, too
@@ -1152,7 +1158,7 @@ def grey_levels(picture) -> torch.Tensor:
     if not picture.has_transparency_data:
         return pil_to_tensor(picture.convert("L"))[0]
 
-    # Transparent pixels get the colour that differs most from the mean of the others.
+    # Transparent pixels become black or white, whichever is further from the mean of the others.
     picture = picture.convert("RGBA")
     grey = pil_to_tensor(picture.convert("L"))[0].double()
     alpha = pil_to_tensor(picture.getchannel("A"))[0].double() / 255
@@ -1394,10 +1400,10 @@ def joined_processes(device: torch.device) -> Iterator[None]:
 def noted_signals() -> Iterator[list[int]]:
     """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP in a list, so that no step is cut in two.
 
-    A second signal ends the program at once, with two exceptions: torchrun sends every signal
-    twice, and when a terminal is closed, SIGHUP may come from the system and from the shell. A
-    signal that is ignored, as SIGHUP is under nohup, stays ignored. Outside the main thread Python
-    does not allow signal handlers, and the list stays empty.
+    A second signal ends the program at once, except under torchrun, which sends every signal twice,
+    and except SIGHUP, which may come from both the system and the shell. A signal that is ignored,
+    as SIGHUP is under nohup, stays ignored. Outside the main thread Python does not allow signal
+    handlers, and the list stays empty.
     """
     signals = []
     if threading.current_thread() is not threading.main_thread():
@@ -1455,7 +1461,7 @@ def take_lock(folder: Path) -> int:
         else:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # Linux and macOS, Windows
+    except (BlockingIOError, PermissionError) as error:  # the second is that of Windows
         os.close(lock)
         raise OSError(f"another process is training into {folder}; wait until it has finished, or "
                       "name another folder by --out") from error

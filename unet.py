@@ -243,8 +243,7 @@ class UNet(nn.Module):
     classes      number of classes that the images may have labels of; 0 for images without labels
 
     The defaults make 324,705 parameters, and ten classes 200 more. Other choices work too; a model
-    file remembers them.
-    Raises ValueError for sizes that do not fit together.
+    file remembers them. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, channels: tuple[int, ...] = (32, 32, 48),
@@ -302,7 +301,7 @@ class UNet(nn.Module):
             nn.GroupNorm(groups, channels[0]), nn.SiLU(),
             zero(nn.Conv2d(channels[0], 1, 3, padding=1)))
 
-        # Two numbers, computed from t, for the shortcut from x_t to the output.
+        # Two numbers, computed from the time features, for the shortcut from x_t to the output.
         self.gain = zero(nn.Linear(time_width, 2))
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor,
@@ -315,24 +314,16 @@ class UNet(nn.Module):
                tells none
 
         Returns ε_θ, (B, 1, H, W). Raises ValueError for shapes that do not fit, and for labels that
-        the network has no table for; IndexError for a label out of range.
+        the network has no table for; IndexError for a label out of range (on a CPU).
         """
-        step = 2 ** len(self.down)  # the image is halved this many times
-        if xt.dim() != 4 or xt.shape[1] != 1 or xt.shape[2] % step or xt.shape[3] % step:
-            raise ValueError(f"images must be (B, 1, H, W) with H and W multiples of {step}, "
-                             f"not {tuple(xt.shape)}")
-        if t.shape != xt.shape[:1]:
-            raise ValueError(f"t must be ({len(xt)},), one for each image, not {tuple(t.shape)}")
-        if label is not None and label.shape != t.shape:
-            raise ValueError(f"label must be ({len(xt)},), one for each image, "
-                             f"not {tuple(label.shape)}")
-        if label is not None and self.config["classes"] == 0:
-            raise ValueError("this network knows no labels; build it with classes=10, say")
+        check_inputs(xt, t, label, 2**len(self.down), self.config["classes"])
 
-        # Tell the network t, and the class of each image if it is known. A row of zeros in front of
-        # the table makes label -1 add nothing.
+        # Tell the network t.
         embedding = timestep_embedding(t, self.config["embedding"]).to(xt.dtype)
         time = self.time_mlp(embedding)  # (B, time_width)
+
+        # Tell it the class of each image, if there are labels. With a row of zeros in front of the
+        # table, label -1 adds nothing. (pad puts 0 columns left and right, 1 row above, 0 below.)
         if label is not None:
             with_none = F.pad(self.table, (0, 0, 1, 0))  # (1 + classes, time_width)
             time = time + F.embedding(label + 1, with_none)
@@ -367,7 +358,7 @@ class UNet(nn.Module):
 
 
 # =========================================================================================
-# Below this line is plumbing: sizes that do not fit, the device, and the table.
+# Below this line is plumbing: arguments that do not fit, the device, and the table.
 # =========================================================================================
 
 def check_sizes(channels, blocks, embedding: int, heads: int, groups: int, size: int,
@@ -388,6 +379,25 @@ def check_sizes(channels, blocks, embedding: int, heads: int, groups: int, size:
         raise ValueError(f"embedding must be even and at least 4, not {embedding}")
     if classes < 0:
         raise ValueError(f"classes must be a number of classes, or 0 for none, not {classes}")
+
+
+def check_inputs(xt: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None, multiple: int,
+                 classes: int) -> None:
+    """Raise ValueError if the arguments of UNet.forward do not fit the network or each other.
+
+    multiple  H and W must be multiples of it
+    classes   the number of classes that the network knows
+    """
+    if xt.dim() != 4 or xt.shape[1] != 1 or xt.shape[2] % multiple or xt.shape[3] % multiple:
+        raise ValueError(f"images must be (B, 1, H, W) with H and W multiples of {multiple}, "
+                         f"not {tuple(xt.shape)}")
+    if t.shape != xt.shape[:1]:
+        raise ValueError(f"t must be ({len(xt)},), one for each image, not {tuple(t.shape)}")
+    if label is not None and label.shape != t.shape:
+        raise ValueError(f"label must be ({len(xt)},), one for each image, "
+                         f"not {tuple(label.shape)}")
+    if label is not None and classes == 0:
+        raise ValueError("this network knows no labels; build it with classes=10, say")
 
 
 def pick_device(name: str) -> torch.device:
