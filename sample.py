@@ -4,7 +4,7 @@
     python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
     python sample.py --sampler sde-dpm++             in 20 steps instead of 1,000
     python sample.py --sampler sde-dpm++ --guidance 2   clearer digits, for twice the work
-    python sample.py --sampler sde-dpm++ --digits 0-9   digits to order
+    python sample.py --sampler sde-dpm++ --digits 0-9 --guidance 1.25   digits to order
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
     python sample.py --sampler sde-dpm++ --seeds 0-9999 --out digits/
                                                      10,000 digits as files of 28x28 pixels
@@ -751,7 +751,8 @@ def guided(checkpoint: Checkpoint, path: Path, guidance: float, guide: str | Non
 
     path      the model file
     guide     the file of the earlier state; None is find_guide(), or with labels the network itself
-    labels    (B,) integers, the classes to draw; None if none is asked for. The guide is not told
+    labels    (B,) integers, the classes to draw; None if none is asked for. An earlier state is
+              told them, too
 
     Raises OSError if there is no guide, ValueError if it does not fit the model.
     """
@@ -774,7 +775,10 @@ def guided(checkpoint: Checkpoint, path: Path, guidance: float, guide: str | Non
     if len(other.history["step_loss"]) >= len(checkpoint.history["step_loss"]):
         raise ValueError(f"{guide_path} was not trained for fewer steps than {path}; {advice}")
     print(f"guided by {guide_path}, w = {guidance:g}", flush=True)
-    return Guided(model, other.model, guidance, interval)
+    worse = other.model
+    if labels is not None:
+        worse = Labelled(worse, labels)
+    return Guided(model, worse, guidance, interval)
 
 
 def parse_digits(text: str) -> list[str]:
@@ -882,12 +886,13 @@ def make_parser() -> Parser:
     what.add_argument("--classes", type=lambda text: text.split(","), metavar="NAMES",
                       help="the same for other data sets: names of classes, with commas")
     parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
-                        help="go beyond the model, away from a worse one: 1 is no guidance, 2 is "
-                             "usual (default: %(default)s)")
+                        help="go beyond the model, away from a worse one: 1 is no guidance; 2 is "
+                             "usual, with --digits or --classes 1.25 (default: %(default)s)")
     parser.add_argument("--guide", type=os.path.expanduser, metavar="FILE",
-                        help="model file of the worse one, an earlier state (default: with "
-                             "--digits or --classes, the model itself without labels; else "
-                             "early.pt beside the model or the file of its epoch 2 of 15)")
+                        help="model file of the worse one, an earlier state, which is told the same "
+                             "classes (default: with --digits or --classes, the model itself "
+                             "without labels; else early.pt beside the model or the file of its "
+                             "epoch 2 of 15)")
     parser.add_argument("--interval", type=parse_interval, metavar="LOW-HIGH",
                         help="noise levels t at which guidance acts (default: all)")
     parser.add_argument("--restarts", action="store_true",

@@ -2219,7 +2219,8 @@ def expected(model_file: Path, seeds: list[int], labels: list[int], w: float = 1
     for seed, label in zip(seeds, labels):
         network = Labelled(model, torch.tensor([label]))
         if w != 1:
-            network = Guided(network, worse or model, w, interval)
+            other = model if worse is None else Labelled(worse, torch.tensor([label]))
+            network = Guided(network, other, w, interval)
         images.append(last(sample(network, checkpoint.schedule, [seed], shape=(1, 8, 8))))
     return to_uint8(torch.cat(images))[:, 0].int()
 
@@ -2249,7 +2250,7 @@ def test_command_draws_classes_by_name(tmp_path):
 
 def test_command_guides_digits(tmp_path):
     """--guidance with --digits: away from the network without labels; with --guide, away from an
-    earlier state, which is told nothing. At the t of --interval alone, if it is given.
+    earlier state, which is told the digit, too. At the t of --interval alone, if it is given.
     """
     model_file = write_labelled(tmp_path)
     early = tmp_path / "early.pt"
@@ -2264,7 +2265,7 @@ def test_command_guides_digits(tmp_path):
 
 
 def test_guide_of_digits_is_printed(tmp_path, capsys):
-    """It is the network itself without labels, or the file that is named."""
+    """It is the network itself without labels, or the file that is named, with the same labels."""
     model_file = write_labelled(tmp_path)
     checkpoint = script.load_checkpoint(model_file)
     labels = torch.tensor([7, 2])
@@ -2273,7 +2274,8 @@ def test_guide_of_digits_is_printed(tmp_path, capsys):
     assert capsys.readouterr().out == "guided by itself without labels, w = 2\n"
     early = str(tmp_path / "early.pt")
     other = guided(checkpoint, model_file, 2.0, early, labels=labels)
-    assert not isinstance(other.worse, Labelled) and other.worse is not checkpoint.model
+    assert other.worse.network is not checkpoint.model
+    assert torch.equal(other.worse.labels, labels) and torch.equal(other.model.labels, labels)
     assert capsys.readouterr().out == f"guided by {early}, w = 2\n"
 
 

@@ -8,7 +8,7 @@ The model is pretrained/labels/model.pt, trained by `train.py --labels`, or that
 Digits are drawn in 20 steps of sde-dpm++. Image k has the seed k and is asked to be the digit
 k mod 10.
 
-`choose` draws digits with each of 25 settings and compares them with 10,000 of the first 55,000
+`choose` draws digits with each of 29 settings and compares them with 10,000 of the first 55,000
 training images, as guidance.py does. Three guides are tried: the network itself, not told the label
 (classifier-free guidance); its earlier state, early.pt, not told the label; and early.pt, told the
 same label. `report` measures the settings in REPORTED once, against the 10,000 test images. It also
@@ -73,16 +73,19 @@ CHOICES += [Setting(weight, interval)
             for interval in (None, INTERVAL, WIDER) for weight in WEIGHTS]
 CHOICES += [Setting(weight, interval, guide) for guide in (EARLY, EARLY_TOLD)
             for interval in (None, INTERVAL) for weight in EARLY_WEIGHTS]
+# Even w = 1.5 turned out to cost variety.
+CHOICES += [Setting(1.25, interval, guide) for guide in (ITSELF, EARLY_TOLD)
+            for interval in (None, INTERVAL)]
 
-# The setting that was chosen from that table.
-CHOSEN = Setting(2.0, INTERVAL)
+# The setting that was chosen from that table: of those that are named as asked in 97 % of cases or
+# more, the one with the smallest distance.
+CHOSEN = Setting(1.25, INTERVAL, EARLY_TOLD)
 
 # What is reported: w = 0 draws any digit, w = 1 is no guidance. Of the two in SCORED there are
 # enough digits to train a classifier on.
 REPORTED = [Setting(0.0), Setting(), *[Setting(weight) for weight in WEIGHTS],
-            *[Setting(weight, INTERVAL) for weight in WEIGHTS]]
-if CHOSEN not in REPORTED:
-    REPORTED.append(CHOSEN)
+            *[Setting(weight, INTERVAL) for weight in (1.25, *WEIGHTS)],
+            CHOSEN, Setting(1.5, INTERVAL, EARLY_TOLD)]
 SCORED = [Setting(), CHOSEN]
 
 
