@@ -1231,8 +1231,8 @@ def plot_labels(material: Material) -> Figure:
                         probability above 0.9, each of the ten asked for equally often
         named           the share that the classifier gives the name that was asked for
         distance        the Fréchet distance to 10,000 training images (plot_samplers explains it),
-                        of digits asked for as often as they are in MNIST. Small differences mean little:
-                        for sets of 500 real digits its standard deviation is 1.2
+                        of digits asked for as often as they are in MNIST. Small differences mean
+                        little: for sets of 500 real digits its standard deviation is 1.2
         guide           the worse network: the same one, not told the label (classifier-free
                         guidance); or early.pt, an earlier state of it, not told the label or told
                         it as well. It guides at the t that are named, or at all t (solid curves)

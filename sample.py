@@ -4,7 +4,7 @@
     python sample.py --seeds 7,40-46 --out my.png    other seeds, another file
     python sample.py --sampler sde-dpm++             in 20 steps instead of 1,000
     python sample.py --sampler sde-dpm++ --guidance 2   clearer digits, for twice the work
-    python sample.py --sampler sde-dpm++ --digits 0-9 --guidance 1.25   digits to order
+    python sample.py --sampler sde-dpm++ --digits 0-9 --guidance 1.5   digits to order
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
     python sample.py --sampler sde-dpm++ --seeds 0-9999 --out digits/
                                                      10,000 digits as files of 28x28 pixels
@@ -486,6 +486,13 @@ class Guided(torch.nn.Module):
 # draws any digit, w = 1 digits of class c as they are, and a larger w digits of which a classifier
 # would be more certain still. (Ho and Salimans write 1 + w where we write w.)
 #
+# At w = 1, 95 % of 2,000 digits were what had been asked for (by the judgement of a classifier),
+# and at w = 1.5, guided at t from 150 to 700, 99.5 %. The price is variety: among the digits of a
+# class, the variance of the classifier's features is a quarter smaller than among real ones, and
+# with w = 3 it is half of it. An earlier state of the network, told the same label, makes a gentler
+# guide (section 7; --guide names its file): with w = 1.5 it gives 98.6 %, and a variance smaller by
+# less than a tenth.
+#
 # How can one check the two answers against each other? The answer without a label is the average of
 # all noises that may be in x_t. Average first within each class, then over the classes:
 #
@@ -733,8 +740,8 @@ def open_checkpoint(name: str | None, finished: bool = True,
 def find_guide(path: Path, checkpoint: Checkpoint) -> Path:
     """The file with an earlier state of a model: early.pt beside it, else that of an epoch.
 
-    train.py writes early.pt after the share EARLY of all steps. The shipped model has none, because
-    its epoch-2.pt is the same. Raises OSError if there is neither.
+    train.py writes early.pt after the share EARLY of all steps. pretrained/model.pt has none,
+    because its epoch-2.pt is the same. Raises OSError if there is neither.
     """
     epoch = max(1, round(EARLY * checkpoint.config.epochs))
     for name in ("early.pt", f"epoch-{epoch}.pt"):
@@ -756,29 +763,33 @@ def guided(checkpoint: Checkpoint, path: Path, guidance: float, guide: str | Non
 
     Raises OSError if there is no guide, ValueError if it does not fit the model.
     """
-    model = checkpoint.model
-    if labels is not None:
-        model = Labelled(model, labels)
-        if guide is None:
-            print(f"guided by itself without labels, w = {guidance:g}", flush=True)
-            return Guided(model, checkpoint.model, guidance, interval)
+    # With labels, the network itself can be the guide.
+    if labels is not None and guide is None:
+        print(f"guided by itself without labels, w = {guidance:g}", flush=True)
+        return Guided(Labelled(checkpoint.model, labels), checkpoint.model, guidance, interval)
 
+    # Otherwise, load its earlier state.
     guide_path = Path(guide) if guide else find_guide(path, checkpoint)
-    other = load_checkpoint(guide_path)
-    advice = "a guide must be an earlier state of the same network"
-    if other.model.config != checkpoint.model.config:
-        raise ValueError(f"{guide_path} has another network than {path}; {advice}")
-    if not torch.equal(other.schedule.beta, checkpoint.schedule.beta):
-        raise ValueError(f"{guide_path} has another schedule than {path}; {advice}")
-    if other.config.dataset != checkpoint.config.dataset:
-        raise ValueError(f"{guide_path} has learned other images than {path}; {advice}")
-    if len(other.history["step_loss"]) >= len(checkpoint.history["step_loss"]):
-        raise ValueError(f"{guide_path} was not trained for fewer steps than {path}; {advice}")
+    earlier = load_checkpoint(guide_path)
+    check_guide(earlier, guide_path, checkpoint, path)
     print(f"guided by {guide_path}, w = {guidance:g}", flush=True)
-    worse = other.model
-    if labels is not None:
-        worse = Labelled(worse, labels)
-    return Guided(model, worse, guidance, interval)
+    if labels is None:
+        return Guided(checkpoint.model, earlier.model, guidance, interval)
+    return Guided(Labelled(checkpoint.model, labels), Labelled(earlier.model, labels), guidance,
+                  interval)
+
+
+def check_guide(guide: Checkpoint, guide_path: Path, checkpoint: Checkpoint, path: Path) -> None:
+    """Raise ValueError unless a guide is an earlier state of the network in a checkpoint."""
+    advice = "a guide must be an earlier state of the same network"
+    if guide.model.config != checkpoint.model.config:
+        raise ValueError(f"{guide_path} has another network than {path}; {advice}")
+    if not torch.equal(guide.schedule.beta, checkpoint.schedule.beta):
+        raise ValueError(f"{guide_path} has another schedule than {path}; {advice}")
+    if guide.config.dataset != checkpoint.config.dataset or guide.classes != checkpoint.classes:
+        raise ValueError(f"{guide_path} has learned other images than {path}; {advice}")
+    if len(guide.history["step_loss"]) >= len(checkpoint.history["step_loss"]):
+        raise ValueError(f"{guide_path} was not trained for fewer steps than {path}; {advice}")
 
 
 def parse_digits(text: str) -> list[str]:
@@ -887,12 +898,11 @@ def make_parser() -> Parser:
                       help="the same for other data sets: names of classes, with commas")
     parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
                         help="go beyond the model, away from a worse one: 1 is no guidance; 2 is "
-                             "usual, with --digits or --classes 1.25 (default: %(default)s)")
+                             "usual, with --digits or --classes 1.5 (default: %(default)s)")
     parser.add_argument("--guide", type=os.path.expanduser, metavar="FILE",
-                        help="model file of the worse one, an earlier state, which is told the same "
-                             "classes (default: with --digits or --classes, the model itself "
-                             "without labels; else early.pt beside the model or the file of its "
-                             "epoch 2 of 15)")
+                        help="model file of the worse one, an earlier state, told the same classes "
+                             "(default: with --digits or --classes, the model itself, not told; "
+                             "else early.pt beside the model or the file of its epoch 2 of 15)")
     parser.add_argument("--interval", type=parse_interval, metavar="LOW-HIGH",
                         help="noise levels t at which guidance acts (default: all)")
     parser.add_argument("--restarts", action="store_true",
@@ -1127,17 +1137,20 @@ def write_folder(args: argparse.Namespace, checkpoint: Checkpoint, model: torch.
 
 def open_network(args: argparse.Namespace, device: torch.device
                  ) -> tuple[Path, Checkpoint, torch.nn.Module, torch.Tensor | None]:
-    """What draws as the command line says: the model file and what it holds, the network, told the
-    classes and guided if that is asked for, and the label of each seed, or None.
+    """Load the model; tell it the classes and guide it, if that is asked for.
+
+    Returns the model file, what it holds, the network to draw with, and the label of each seed, or
+    None.
     """
     path, checkpoint = open_checkpoint(args.checkpoint, labels=args.classes is not None)
     model = checkpoint.model
     labels = None
-    if args.classes:
+    if args.classes is not None:
         labels = labels_for(args.seeds, args.classes, checkpoint, path)
-        model = Labelled(model, labels)
     if args.guidance != 1:
         model = guided(checkpoint, path, args.guidance, args.guide, args.interval, labels)
+    elif labels is not None:
+        model = Labelled(model, labels)
     return path, checkpoint, place_network(model, device), labels
 
 

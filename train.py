@@ -42,7 +42,8 @@ twice: with every label told to the network, and with none.
 
 TRAINING LONGER. --resume goes on with the options that the run began with. Two of them, --epochs
 and --lr, may be changed. From the step at which the run is resumed, the learning rate is then that
-of a run which was planned so from the beginning, so there is no second warm-up. In a finished run
+of a run which was planned so from the beginning, so there is no second warm-up (unless the run was
+stopped within the first 4 % of the new plan). In a finished run
 it has fallen to 0. With twice as many epochs it jumps back to about half of its highest value, and
 the loss may rise for some steps before it falls below where it was. If early.pt has been written,
 it stays; otherwise it follows the new plan. model.pt is overwritten, but epoch-15.pt keeps the
@@ -100,7 +101,6 @@ DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
 
 # What --quick changes: one pass over about a third of MNIST, in many small steps.
 QUICK = {"epochs": 1, "batch_size": 32, "lr": 4e-3, "images": 22_400, "val_images": 2_000}
-
 
 # What --resume may change: how long a run goes on, and how fast.
 PLAN = ("epochs", "lr")
@@ -873,6 +873,9 @@ def split_images(config: Config, images: tuple | None = None) -> tuple[Examples,
 
     # Hold out training images instead of the test images, to choose hyper-parameters by.
     if config.val_images:
+        if config.val_images >= len(training):
+            raise ValueError(f"--val-images {config.val_images} leaves none of {len(training)} "
+                             "images to train on")
         held_out = training[-config.val_images:]
         training = training[:-config.val_images]
     if config.images:
@@ -911,7 +914,7 @@ def class_names(config: Config, images: tuple | None = None) -> list[str]:
     images  as train() takes them; classes of images that are given have numbers for names
     """
     if images is not None:
-        highest = max(int(labels.max()) for _, labels in images)
+        highest = torch.cat([labels for _, labels in images]).max().item()
         return [str(k) for k in range(highest + 1)]
     if config.dataset in ("mnist", "builtin"):
         return list("0123456789")
@@ -1091,18 +1094,19 @@ HELD_OUT_NAMES = ("test", "testing", "val", "valid", "validation")
 def folders_of_images(data: str | Path) -> list:
     """DATA/CLASS/* as one ImageFolder of torchvision, or DATA/train/CLASS/* and DATA/test/CLASS/*.
 
-    Other names of the two are listed above; of several, the first that exists counts.
+    Other names of the two are listed above; of several, the first that exists counts. If there is
+    only one of them, all images come from it.
 
     Raises FileNotFoundError if a class has no image, ValueError if the classes of the two differ.
     """
     from torchvision.datasets import ImageFolder
 
-    # See whether the images are split already.
-    def first_that_exists(names: tuple[str, ...]) -> list[Path]:
-        return [Path(data, name) for name in names if Path(data, name).is_dir()][:1]
-
-    paths = first_that_exists(TRAINING_NAMES) + first_that_exists(HELD_OUT_NAMES)
-    if len(paths) < 2:
+    # See whether the images are split already: into folders that hold folders of classes.
+    paths = []
+    for names in (TRAINING_NAMES, HELD_OUT_NAMES):
+        there = [Path(data, name) for name in names if any(Path(data, name).glob("*/"))]
+        paths += there[:1]
+    if not paths:
         paths = [Path(data)]
 
     # List the images.

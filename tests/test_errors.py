@@ -175,6 +175,8 @@ TABLE = [
     ("train", "--dataset folder", 2, "name the folder of your images by --data"),
     ("train", "--colour", 2, "unrecognized arguments: --colour"),
     ("train", "--labels yes", 2, "unrecognized arguments: yes"),
+    ("train", "--data {p}/mnist --val-images 5000", 1,
+     "--val-images 5000 leaves none of 16 images to train on"),
     ("sample", "--seeds x", 2, "'x' is not a seed or a range such as 0-31"),
     ("sample", "--seeds 3-1", 2, "'3-1' is not a seed"),
     ("sample", "--seeds 0-99999", 2, "more than 10,000 seeds"),

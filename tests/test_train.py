@@ -226,6 +226,24 @@ def test_images_that_are_split_already_stay_so(names, tmp_path):
         assert sorted(pairs) == [(k, grey) for k in (0, 1) for grey in greys]
 
 
+def test_folder_of_training_images_alone_is_no_class(tmp_path):
+    """DIR/train/CLASS/* without a folder of test images: one of ten images is held out. But if
+    DIR/train holds images itself, as DIR/plane does, it is a class.
+    """
+    for kind in ("cat", "dog"):
+        for grey in range(0, 100, 10):
+            write_halves(tmp_path / "split" / "train" / kind / f"{grey}.png", grey)
+    images, labels = load_images(tmp_path / "split", True, "folder")
+    assert len(images) == 18 and set(labels.tolist()) == {0, 1}
+    assert len(load_images(tmp_path / "split", False, "folder")[0]) == 2
+
+    for kind in ("plane", "train"):
+        for grey in range(0, 100, 10):
+            write_halves(tmp_path / "classes" / kind / f"{grey}.png", grey)
+    config = Config(dataset="folder", data=str(tmp_path / "classes"))
+    assert class_names(config) == ["plane", "train"]
+
+
 # A dark picture with a frame in which nothing is, 28x28, so that no pixel has to be scaled.
 LEVELS = (pictures(1)[0, 0].int() * 200 // 255).numpy().astype("uint8")
 SHAPE = (pictures(1)[0, 0] > 0).numpy()
