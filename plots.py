@@ -1069,7 +1069,7 @@ def plot_ladder(material: Material) -> Figure:
 # So w = 0 draws any digit, w = 1 the digit c without guidance, and a larger w goes beyond it.
 
 # How the figure digits is drawn, and what the figure weight shows.
-ORDER_WEIGHT = 1.25
+ORDER_WEIGHT = 1.5
 ORDER_INTERVAL = (150, 700)
 SHOWN_WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
@@ -1128,7 +1128,7 @@ def plot_digits(material: Material) -> Figure:
     column begin with the same noise and get the same fresh noise, and only the label differs; so
     slant, width and boldness of the stroke tend to be alike down a column, while the label decides
     which digit it is. They were drawn in 20 steps of sde-dpm++, with classifier-free guidance of
-    w = 1.25 at t from 150 to 700.
+    w = 1.5 at t from 150 to 700.
     """
     checkpoint = material.checkpoint
     figure = Figure(figsize=(10, 10))

@@ -428,6 +428,18 @@ def test_choice_never_sees_the_test_images(bench, monkeypatch):
     assert results["real"]["count"] == 20 and again["real"]["named"] == results["real"]["named"]
 
 
+def test_finalists_are_judged_by_four_times_as_many_digits(bench, monkeypatch):
+    """Of the others there are as many as asked for. All of the finalists are settings to choose
+    from, and the one that was chosen is a finalist that was reported.
+    """
+    assert {*script.FINALISTS} <= {*script.CHOICES}
+    assert script.CHOSEN in script.FINALISTS and script.CHOSEN in script.REPORTED
+    few_settings(monkeypatch)
+    monkeypatch.setattr(script, "FINALISTS", [Setting(2.0, INTERVAL)])
+    rows = script.choose(bench, [0, 1], 4)["rows"]
+    assert [row["count"] for row in rows.values()] == [4, 16]
+
+
 def test_a_part_of_the_rows_is_drawn_and_not_measured(bench, monkeypatch):
     """So that two processes can share the drawing. Of settings that classifiers are trained on
     there are more images."""
