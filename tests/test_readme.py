@@ -118,10 +118,10 @@ def test_script_runs_as_shown(command, tiny_run, tiny_data, tmp_path, monkeypatc
         budget += ["--dataset", "mnist"]  # drawing 70,000 built-in digits takes too long
     if "--steps" in options:
         budget += ["--steps", "10"]  # the model of the test has no more than 20
-    if "--interval" in options:
+    if "--interval" in options and "--digits" not in options:
         budget += ["--interval", "3-14"]
     if "--guide" in options:
-        budget += ["--guide", str(tiny_run / "early.pt")]
+        budget += ["--guide", str(model_file.with_name("early.pt"))]
     script = importlib.import_module(Path(name).stem)
     monkeypatch.chdir(tmp_path)  # a file that is named without a folder goes there
     if "--resume" in options:

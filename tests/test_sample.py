@@ -2477,7 +2477,7 @@ def test_digits_drawn_otherwise_are_not_mixed(options, tiny_run, tmp_path, capsy
     with pytest.raises(SystemExit) as exit_:
         into_folder(model, tmp_path, "--seeds", "8,9", *options)
     message = exit_.value.code
-    assert "00007.png was drawn otherwise (seed 7, model.pt, MNIST, ddim, 3 steps" in message
+    assert "00007.png was drawn with other settings (seed 7, model.pt, MNIST, ddim, 3 steps" in message
     assert message.endswith("; name another folder") and "\n" not in message
     assert [file.name for file in tmp_path.iterdir()] == names
 
@@ -2494,7 +2494,7 @@ def test_digits_of_another_model_of_the_same_name_are_not_mixed(tiny_run, tmp_pa
     (tmp_path / "other").mkdir()
     torch.save(state, tmp_path / "other" / "model.pt")
     into_folder(tiny_run / "model.pt", tmp_path / "digits", "--seeds", "7")
-    with pytest.raises(SystemExit, match="was drawn otherwise"):
+    with pytest.raises(SystemExit, match="was drawn with other settings"):
         into_folder(tmp_path / "other" / "model.pt", tmp_path / "digits", "--seeds", "7")
 
     for name, shift in (("early.pt", 0.0), ("early-2.pt", 1e-3)):
@@ -2506,7 +2506,7 @@ def test_digits_of_another_model_of_the_same_name_are_not_mixed(tiny_run, tmp_pa
                  for name in ("early", "early-2")]
     into_folder(tiny_run / "model.pt", tmp_path / "guided", "--seeds", "7", *guided_by[0])
     into_folder(tiny_run / "model.pt", tmp_path / "guided", "--seeds", "8", *guided_by[0])
-    with pytest.raises(SystemExit, match="was drawn otherwise"):
+    with pytest.raises(SystemExit, match="was drawn with other settings"):
         into_folder(tiny_run / "model.pt", tmp_path / "guided", "--seeds", "8", *guided_by[1])
 
 

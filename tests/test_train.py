@@ -520,7 +520,7 @@ def test_images_are_split_as_the_options_say():
 @pytest.mark.parametrize("options, held_out, count, message", [
     ({"batch_size": 33}, 24, 1, "32 images are too few for batches of 33; lower --batch-size"),
     ({"images": 7}, 24, 1, "7 images are too few for batches of 8; lower --batch-size"),
-    ({"val_images": 40}, 24, 1, "0 images are too few for batches of 8; lower --batch-size"),
+    ({"val_images": 40}, 24, 1, "--val-images 40 leaves none of 32 images to train on"),
     ({}, 0, 1, "no image is held out to measure the loss on; give --val-images"),
     ({}, 24, 3, "a batch of 8 cannot be shared equally by 3 processes")])
 def test_images_that_do_not_fit_are_refused(options, held_out, count, message, monkeypatch):
