@@ -48,12 +48,16 @@ def no_global_randomness():
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
-    """Let Ctrl-C interrupt the tests and what they start, even if a shell runs them with `&`.
+    """Let signals reach the tests and what they start, even if they run with `&` or under nohup.
 
-    Such a shell has SIGINT ignored, and what is ignored stays ignored in the processes it starts.
+    `&` in a script has SIGINT ignored, nohup SIGHUP, and what is ignored stays ignored in all
+    processes that are started.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    for name, handler in usual.items():
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
