@@ -1554,11 +1554,11 @@ def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, 
         return Config(**given, dataset="builtin"), notice
 
 
-@forgiving_output()
-def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None = None,
-         **seams) -> None:
-    """The command line. after_step, network, draw_t and learning_rate are passed on to train()."""
-    # Read the options. What can never work ends here, with exit status 2.
+def read_options(argv: list[str] | None) -> tuple[Config, dict, bool, torch.device]:
+    """Read the command line. What can never work ends the program, with exit status 2.
+
+    Returns the options, those of them that were given, whether to resume, and the device.
+    """
     parser = make_parser()
     if not may_complain():
         parser.error = lambda message: parser.exit(2)
@@ -1569,6 +1569,7 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
         if resume:  # --quick names the run, but does not change its plan
             quick = {name: value for name, value in QUICK.items() if name not in PLAN}
         given = quick | given  # an option that is given wins over --quick
+
     try:
         config = Config(**given)
         device = pick_device(config.device)
@@ -1581,6 +1582,14 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
             NoiseSchedule(config.T, config.schedule)
     except ValueError as error:
         parser.error(advice_for_command_line(error, "--schedule"))
+    return config, given, resume, device
+
+
+@forgiving_output()
+def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None = None,
+         **seams) -> None:
+    """The command line. after_step, network, draw_t and learning_rate are passed on to train()."""
+    config, given, resume, device = read_options(argv)
 
     # Train. A signal only asks the run to stop after the step under way.
     try:
