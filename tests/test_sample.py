@@ -24,6 +24,8 @@ import inspect
 import json
 import math
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2156,8 +2158,9 @@ def test_pictures_of_the_shipped_model_are_not_put_among_shipped_files(tmp_path,
         script.files_to_write(str(folder), None, own)
 
 
-def test_interrupt_leaves_no_picture(tiny_run, tmp_path, capsys):
-    """Ctrl-C in the middle of sampling exits with 130, says so, and writes nothing."""
+@contextmanager
+def ctrl_c_in_the_fifth_call() -> Iterator[list[UNet]]:
+    """Send SIGINT in the fifth call of a network; gives the networks that were called."""
     calls = []
 
     def press_ctrl_c(module, arguments, output) -> None:
@@ -2170,11 +2173,16 @@ def test_interrupt_leaves_no_picture(tiny_run, tmp_path, capsys):
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     hook = register_module_forward_hook(press_ctrl_c)
     try:
-        with pytest.raises(SystemExit) as exit_:
-            draw(tiny_run / "model.pt", "--gif", str(tmp_path / "a.gif"), folder=tmp_path)
+        yield calls
     finally:
         hook.remove()
         signal.signal(signal.SIGINT, usual)
+
+
+def test_interrupt_leaves_no_picture(tiny_run, tmp_path, capsys):
+    """Ctrl-C in the middle of sampling exits with 130, says so, and writes nothing."""
+    with ctrl_c_in_the_fifth_call() as calls, pytest.raises(SystemExit) as exit_:
+        draw(tiny_run / "model.pt", "--gif", str(tmp_path / "a.gif"), folder=tmp_path)
     assert exit_.value.code == 130
     assert "stopped; pictures that were there are kept" in capsys.readouterr().err
     assert len(calls) == 5
@@ -2514,24 +2522,9 @@ def test_interrupted_folder_keeps_its_digits_and_says_how_to_go_on(tiny_run, tmp
     """Ctrl-C in the second of three batches exits with 130. The digits of the first are there,
     complete, and none of the second. The message says that the same command draws the rest, and it
     does."""
-    calls = []
-
-    def press_ctrl_c(module, arguments, output) -> None:
-        """What torch calls after each layer: in the fifth call of the network, send the signal."""
-        if isinstance(module, UNet):
-            calls.append(module)
-            if len(calls) == 5:
-                signal.raise_signal(signal.SIGINT)
-
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    hook = register_module_forward_hook(press_ctrl_c)
     options = ("--seeds", "0-5", "--batch-size", "2")
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            into_folder(tiny_run / "model.pt", tmp_path, *options)
-    finally:
-        hook.remove()
-        signal.signal(signal.SIGINT, usual)
+    with ctrl_c_in_the_fifth_call(), pytest.raises(SystemExit) as exit_:
+        into_folder(tiny_run / "model.pt", tmp_path, *options)
     assert exit_.value.code == 130
     assert f"the digits in {tmp_path}/ are complete; the same command draws the rest" in \
         capsys.readouterr().err
