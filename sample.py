@@ -1173,22 +1173,23 @@ def write_grid(args: argparse.Namespace, checkpoint: Checkpoint, model: torch.nn
     """
     # Sample. An animation shows about 50 of the levels.
     columns = columns_of_grid(args.classes)
+    scale = max(2, 56 // checkpoint.model.config["size"])  # small images are enlarged more
     shown = set(levels[::max(1, len(levels) // 50)]) | {0}
     frames = []
     chain = begin_chain(args, checkpoint, model, args.seeds)
     for t, images, _ in tqdm(chain, total=len(levels), unit=" steps", disable=None):
         if args.gif and t in shown:
-            frames.append(draw_grid(images, 2, columns))
+            frames.append(draw_grid(images, scale, columns))
         digits = images  # the last ones are finished
     if args.restarts:
         digits = restart(model, checkpoint.schedule, digits, args.seeds, clip=args.clip)
         if args.gif:
-            frames.append(draw_grid(digits, 2, columns))
+            frames.append(draw_grid(digits, scale, columns))
 
     # Write the picture and the animation: 80 milliseconds a frame, the digits for three seconds,
     # again and again.
     with replacement_of(files[0]) as file:
-        draw_grid(digits, columns=columns).save(file, format="PNG", pnginfo=described(text))
+        draw_grid(digits, 2 * scale, columns).save(file, format="PNG", pnginfo=described(text))
     if args.gif:
         with replacement_of(files[1]) as file:
             frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,

@@ -7,7 +7,7 @@
     python train.py --resume --epochs 30   train a run longer, whether it was stopped or is finished
     python train.py --labels               tell the network which digit each image shows, so that
                                            sample.py can draw the one that you ask for
-    python train.py --quick                a first look, in less than three minutes
+    python train.py --quick                a first look, in two to three minutes
     torchrun --nproc-per-node=2 train.py   on two GPUs
 
 WHAT TO EXPECT. The loss is the mean squared error of the predicted noise. It starts at 1, because
@@ -99,8 +99,9 @@ BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
             "builtin": "built-in digits", "folder": "images of a folder"}
 
-# What --quick changes: one pass over about a third of MNIST, in many small steps.
-QUICK = {"epochs": 1, "batch_size": 32, "lr": 4e-3, "images": 22_400, "val_images": 2_000}
+# What --quick changes. At 16x16 an image costs half as much as at 28x28, and what makes a numeral is
+# learned sooner from fewer pixels. One pass over MNIST in many small steps is enough for that.
+QUICK = {"epochs": 1, "batch_size": 32, "lr": 2e-3, "size": 16, "val_images": 2_000}
 
 # What --resume may change: how long a run goes on, and how fast.
 PLAN = ("epochs", "lr")
@@ -138,13 +139,16 @@ class Config:
     seed: int = option(0, "seed of the weights, the image order and all noise")
     images: int = option(0, "train on the first N images only; 0 takes all")
     val_images: int = option(0, "hold out the last N training images, not the test set")
+    size: int = option(0, "scale the images to this side, a multiple of 4; 0 leaves them as they "
+                          "are")
     labels: bool = option(False, "tell the network the class of each image, so that sample.py can "
                                  "draw the class that is asked for")
 
     # Where to compute it. These are not saved, because another machine has other folders.
     data: str = option(str(HERE / "data"),
                        "folder that holds MNIST/raw, or your images as CLASS/* (--dataset folder)")
-    out: str = option("", "folder for the model files; if empty, runs/DATASET[-labels][-IMAGES]")
+    out: str = option("", "folder for the model files; if empty, "
+                          "runs/DATASET[-labels][-SIZE][-IMAGES]")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first that is there")
 
     def __post_init__(self):
@@ -158,7 +162,7 @@ class Config:
         and nothing else told.
         """
         return all(getattr(self, name) == getattr(Config, name)  # Config.name is the default
-                   for name in ("dataset", "images", "T", "schedule", "labels"))
+                   for name in ("dataset", "images", "size", "T", "schedule", "labels"))
 
 
 # ------------------------------------------------------------ 1. What to ask of the network
@@ -846,8 +850,8 @@ class Examples:
 def split_images(config: Config, images: tuple | None = None) -> tuple[Examples, Examples]:
     """The images to train on and those that are held out; with labels if config.labels.
 
-    images  both parts before config.images and config.val_images are applied, as train() takes
-            them; None reads them
+    images  both parts before config.images, config.val_images and config.size are applied, as
+            train() takes them; None reads them
 
     Raises ValueError if there are too few or they are not bytes, OSError as load_images does.
     """
@@ -889,7 +893,20 @@ def split_images(config: Config, images: tuple | None = None) -> tuple[Examples,
     if config.batch_size % process_count():
         raise ValueError(f"a batch of {config.batch_size} cannot be shared equally by "
                          f"{process_count()} processes")
+
+    # Scale the images.
+    if config.size:
+        training.images = scaled(training.images, config.size)
+        held_out.images = scaled(held_out.images, config.size)
     return training, held_out
+
+
+def scaled(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images, uint8 (N, C, H, H), of another size: uint8 (N, C, size, size)."""
+    # antialias: a pixel of a smaller image is an average of all pixels that it stands for.
+    parts = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+             for part in images.split(10_000)]
+    return torch.cat(parts).round().to(torch.uint8)
 
 
 def as_examples(part: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Examples:
@@ -1480,7 +1497,7 @@ def take_lock(folder: Path) -> int:
 NAMES = {"dataset": DATASETS, "schedule": KINDS}
 LIMITS = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "lr": (1e-9, 1), "warmup": (0, 1),
           "ema": (0, 0.999999), "clip": (1e-9, math.inf), "T": (2, 10**6), "seed": (0, 2**63 - 1),
-          "images": (0, 10**9), "val_images": (0, 10**6)}
+          "images": (0, 10**9), "val_images": (0, 10**6), "size": (0, 1024)}
 
 
 def check_options(config: Config) -> None:
@@ -1493,13 +1510,19 @@ def check_options(config: Config) -> None:
         value = getattr(config, name)
         if not low <= value <= high:  # NaN fails, too
             raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+    if config.size % 4:
+        raise ValueError(f"size must be a multiple of 4, not {config.size}")
 
 
 def default_folder(config: Config) -> str:
-    """The folder of a run that names none: runs/DATASET, with -labels and -IMAGES if asked for."""
+    """The folder of a run that names none: runs/DATASET, with -labels, -SIZE and -IMAGES if asked
+    for.
+    """
     name = config.dataset
     if config.labels:
         name += "-labels"
+    if config.size:
+        name += f"-{config.size}x{config.size}"
     if config.images:
         name += f"-{config.images}"
     return str(HERE / "runs" / name)
@@ -1552,6 +1575,16 @@ def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, 
                   "(--dataset mnist tells why)\n")
         print(notice, end="", flush=True)
         return Config(**given, dataset="builtin"), notice
+
+
+def options_for_samples(config: Config) -> str:
+    """The options of sample.py that draw clear digits with a finished run, in seconds."""
+    # The less a network has learned, the more guidance it needs (tests/experiments/README.md).
+    guidance = 3 if config.epochs <= 5 else 2
+    options = f"--checkpoint {Path(config.out, 'model.pt')} --sampler sde-dpm++"
+    if config.labels and config.dataset in ("mnist", "builtin"):
+        return f"{options} --digits 0-9 --guidance 1.5"
+    return f"{options} --guidance {guidance}"
 
 
 def read_options(argv: list[str] | None) -> tuple[Config, dict, bool, torch.device]:
@@ -1612,8 +1645,7 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
                 print(f"{notice}stopped at step {len(history['step_loss'])}; to go on, add "
                       f"--resume --out {config.out}", file=sys.stderr)
             else:
-                print(f"{notice}done; now type: python sample.py --checkpoint "
-                      f"{Path(config.out, 'model.pt')}")
+                print(f"{notice}done; now type: python sample.py {options_for_samples(config)}")
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         # Any process may have trouble of its own with its device, which is a RuntimeError.
         if not may_complain() and not isinstance(error, RuntimeError):

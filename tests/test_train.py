@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_flatten
 import train
 from sample import SHIPPED, to_uint8
 from schedule import NoiseSchedule
-from strategies import SEED, pictures, same_state, write_mnist
+from strategies import FEW, SEED, pictures, same_state, write_mnist
 from train import (
     BLOG_LOSS, DROPPED, HERE, QUICK, Config, Examples, Run, builtin_digits, class_names, draw_t,
     drop_labels, evaluate, from_uint8, learning_rate, load_checkpoint, load_images, next_batch,
-    own_share, read_picture, save, save_history, split_images, told_to_stop, training_step,
+    own_share, read_picture, save, save_history, scaled, split_images, told_to_stop, training_step,
     update_average)
 from unet import UNet
 
@@ -515,6 +515,44 @@ def test_images_are_split_as_the_options_say():
                     assert len(part.labels.unique()) == len(part) == len(part.images)
                 else:
                     assert part.labels is None
+
+
+@FEW
+@given(SEED, st.sampled_from([(28, 16), (28, 14), (28, 20), (8, 12), (12, 8), (10, 10)]))
+def test_scaled_images_are_weighted_averages(seed, sizes):
+    """Each pixel of the new image is an average of those around it in the old one, along each axis
+    with weights that fall linearly to 0: over the width of one new pixel if the image shrinks, of
+    one old pixel if it grows. A plain loop in float64 gives the same to half a grey level.
+    """
+    before, after = sizes
+    images = pictures(3, size=before, seed=seed)
+    matrix = torch.zeros(after, before, dtype=torch.float64)
+    ratio = before / after
+    for i in range(after):
+        for j in range(before):
+            away = abs((j + 0.5) - (i + 0.5) * ratio) / max(1, ratio)
+            matrix[i, j] = max(0, 1 - away)
+    matrix /= matrix.sum(dim=1, keepdim=True)
+    expected = matrix @ images.double() @ matrix.T
+    result = scaled(images, after)
+    assert result.dtype == torch.uint8 and result.shape == (3, 1, after, after)
+    assert (result - expected).abs().max() < 0.5 + 1e-3
+
+
+def test_training_at_another_size(tmp_path):
+    """With size=12 the network is made for images of 12x12 and held-out images are measured at that
+    size. Both parts are scaled, and the images that were given stay as they were.
+    """
+    given_images = tuple(part.clone() for part in IMAGES)
+    config = small(tmp_path, size=12, epochs=1)
+    training, held_out = split_images(config, given_images)
+    for part, original in zip((training, held_out), IMAGES):
+        assert torch.equal(part.images, scaled(original, 12))
+    history = learn(config, images=given_images, network=Plain)
+    checkpoint = load_checkpoint(tmp_path / "model.pt", network=Plain)
+    assert checkpoint.model.config["size"] == 12 and checkpoint.config.size == 12
+    assert history["held_out"] == [evaluate(checkpoint.model, checkpoint.schedule, held_out.images)]
+    assert all(torch.equal(a, b) for a, b in zip(given_images, IMAGES))
 
 
 @pytest.mark.parametrize("options, held_out, count, message", [
@@ -1540,8 +1578,12 @@ def test_command_learns_labels_of_a_folder(tmp_path):
 
 
 def test_runs_with_labels_have_a_folder_of_their_own():
-    """--labels writes into runs/DATASET-labels, and with --images into runs/DATASET-labels-N."""
+    """--labels writes into runs/DATASET-labels, and with --images into runs/DATASET-labels-N. So
+    has each size.
+    """
     for options, name in (({}, "mnist"), ({"labels": True}, "mnist-labels"),
+                          ({"size": 16}, "mnist-16x16"),
+                          ({"size": 16, "labels": True, "images": 5}, "mnist-labels-16x16-5"),
                           ({"labels": True, "images": 500}, "mnist-labels-500"),
                           ({"labels": True, "dataset": "builtin"}, "builtin-labels")):
         assert Config(**options).out == str(HERE / "runs" / name)
@@ -1729,7 +1771,7 @@ def test_early_state_is_that_of_two_fifteenths_of_the_steps(epochs, batch_size, 
 
 def test_early_step_is_the_nearest_to_two_fifteenths():
     """Of the shipped model, whose 15 epochs have 468 steps each, it is the last of epoch 2; of
-    --quick it is step 93 of 700. For any number of steps S it is the integer part of
+    --quick it is step 242 of 1,812. For any number of steps S it is the integer part of
     (4 S + 15)/30, which is 2 S/15 + 1/2, but at least 1, so that any run has such a state."""
     def early_step(steps_per_epoch: int, **options) -> int:
         config = Config(**{"out": "nowhere", "device": "cpu"} | options)
@@ -1737,7 +1779,7 @@ def test_early_step_is_the_nearest_to_two_fifteenths():
         return run.early_step
 
     assert early_step(468) == 2 * 468
-    assert early_step(700, **QUICK) == 93
+    assert early_step(1812, **QUICK) == 242
     for epochs in (1, 2, 7, 15, 30):
         for count in range(1, 40):
             expected = max(1, (4 * epochs * count + 15) // 30)
@@ -1919,7 +1961,8 @@ def test_command_trains_reports_and_says_what_comes_next(tmp_path, capsys):
     assert lines[0] == f"MNIST, on cpu, into {out}"
     assert lines[1].startswith("note: not MNIST as it was published") and len(lines) == 4
     assert lines[2].startswith("epoch  1/1   loss ") and f"{BLOG_LOSS[0]:.4f}" in lines[2]
-    assert lines[-1].endswith(f"python sample.py --checkpoint {out / 'model.pt'}")
+    assert lines[-1].endswith(f"python sample.py --checkpoint {out / 'model.pt'} "
+                              "--sampler sde-dpm++ --guidance 3")
     # Resuming a finished run with the options it was begun with is no error and changes nothing.
     shutil.copy(out / "model.pt", tmp_path / "copy.pt")
     train.main(["--data", str(tmp_path), "--out", str(out), "--resume", "--batch-size", "8"])

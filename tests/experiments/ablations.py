@@ -7,6 +7,8 @@
 Each row makes one change to `python train.py` and trains for 3 epochs on all 60,000 images, with
 seed 0. The learning rate falls to 0 within these 3 epochs, except where it is constant. The blog's
 network with the blog's recipe is trained for 15 epochs, because measure.py draws samples from it.
+Then 2,000 digits are drawn in 20 steps of sde-dpm++ and judged by yardstick.py, because two networks
+with the same loss need not draw equally well.
 
 The results go to pretrained/ablations.json, the runs to runs/ablations/. A run that was stopped is
 resumed, and a row that is in the file already is not measured again. With --rows, two processes can
@@ -26,9 +28,13 @@ from torch import nn
 
 import train
 from tests.experiments.benchmark import BlogNet, multiply_adds
+from tests.experiments.yardstick import (
+    draw_samples, frechet_distance, load_classifier, look, loss_by_t)
 from unet import Attention, UNet
 
 RESULTS = train.HERE / "pretrained" / "ablations.json"
+COUNT = 2000  # digits that are judged
+DECISIVE = (131, 600)  # the t between which a digit takes shape
 
 
 def without(kind: type) -> Callable[..., UNet]:
@@ -61,6 +67,46 @@ def without_learned_images(**sizes) -> UNet:
     """A UNet that halves the image by a convolution alone and adds no learned image to it."""
     model = UNet(**sizes)
     model.down = nn.ModuleList(halve.conv for halve in model.down)
+    return model
+
+
+def slim(**sizes) -> UNet:
+    """A UNet with fewer channels at 28x28, more at 14x14, and no attention before the way up.
+
+    The other sizes are such that it has as many parameters as the default network.
+    """
+    sizes |= dict(channels=(24, 40, 48), embedding=120, time_hidden=86, time_width=16)
+    model = UNet(**sizes)
+    model.attention[0] = nn.Identity()
+    return model
+
+
+class FirstPass(nn.Module):
+    """In front of the blocks of the smallest size: all that happens at this size, once.
+
+    The parts of the model are kept in a tuple, so that they do not count as parts of this one.
+    """
+
+    def __init__(self, model: UNet):
+        super().__init__()
+        self.parts = (list(model.encoder[-1]), model.merge[-1], list(model.decoder[-1]),
+                      list(model.attention))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W), time (B, time_width) -> (B, C, H, W)"""
+        encoder, merge, decoder, (before, after) = self.parts
+        for block in encoder:
+            x = block(x, time)
+        x = merge(torch.cat([before(x), x], dim=1))
+        for block in decoder:
+            x = block(x, time)
+        return after(x)
+
+
+def twice_at_the_bottleneck(**sizes) -> UNet:
+    """A UNet that goes through all layers of the smallest size twice, with the same weights."""
+    model = UNet(**sizes)
+    model.encoder[-1].insert(0, FirstPass(model))
     return model
 
 
@@ -109,6 +155,11 @@ CHANGES = {
     "learning rate 2e-4 throughout": Change({"learning_rate": constant}),
     "independent t": Change({"draw_t": independent}),
     "no average of the weights": Change(options={"ema": 0.0}),
+    "another seed": Change(options={"seed": 1}),
+    "fewer channels at 28x28": Change({"network": slim}),
+    "fewer channels at 28x28, another seed": Change({"network": slim}, {"seed": 1}),
+    "7x7 layers twice": Change({"network": twice_at_the_bottleneck}),
+    "7x7 layers twice, another seed": Change({"network": twice_at_the_bottleneck}, {"seed": 1}),
     "the blog's network": Change({"network": blog_network}),
     "the blog's network and recipe": Change(
         {"network": blog_network, "learning_rate": constant, "draw_t": independent},
@@ -152,6 +203,27 @@ def train_row(name: str, data: str, epochs: int, out: Path, images: tuple | None
     return row | {"held_out": history["held_out"], "seconds": history["seconds"]}
 
 
+@torch.no_grad()
+def judge(checkpoint: train.Checkpoint, real: torch.Tensor, count: int = COUNT) -> dict:
+    """How well a trained network draws: the numbers of so many digits, seeds 0..count-1.
+
+    real  the test images, uint8 (N, 1, 28, 28)
+
+    Returns the share of clear digits, their Fréchet distance from the test images (both as in
+    yardstick.py), and the mean loss on test images at the t of DECISIVE.
+    """
+    classifier = load_classifier()
+    samples = draw_samples(checkpoint, range(count), torch.device("cpu"), sampler="sde-dpm++",
+                           steps=20)
+    features, probabilities = look(classifier, samples)
+    losses = loss_by_t(checkpoint.model, checkpoint.schedule, real)
+    low, high = DECISIVE
+    return {"count": count,
+            "clear": (probabilities.amax(dim=1) > 0.9).double().mean().item(),
+            "distance": frechet_distance(features, look(classifier, real)[0]),
+            "decisive_loss": losses[low:high + 1].mean().item()}
+
+
 def measured() -> list[dict]:
     """The rows in the file, in the order of CHANGES."""
     if not RESULTS.exists():
@@ -162,8 +234,8 @@ def measured() -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The table of README.md, in Markdown."""
-    lines = ["| one change | held-out loss | seconds per epoch | parameters | multiply-adds |",
-             "|---|---:|---:|---:|---:|"]
+    lines = ["| one change | held-out loss | at t of {} to {} | clear | distance | seconds per epoch "
+             "| parameters | multiply-adds |".format(*DECISIVE), "|---" + "|---:" * 7 + "|"]
     for row in rows:
         losses = row["held_out"]
         loss = "diverged"
@@ -174,8 +246,13 @@ def table(rows: list[dict]) -> str:
         seconds = ""
         if row["seconds"]:
             seconds = f"{sum(row['seconds']) / len(row['seconds']):.0f}"
-        lines.append(f"| {row['name']} | {loss} | {seconds} | {row['parameters']:,} | "
-                     f"{row['macs'] / 1e6:.1f} M |")
+        samples = ["", "", ""]
+        if "clear" in row:
+            samples = [f"{row['decisive_loss']:.4f}", f"{100 * row['clear']:.1f} %",
+                       f"{row['distance']:.1f}"]
+        cells = [row["name"], loss, *samples, seconds, f"{row['parameters']:,}",
+                 f"{row['macs'] / 1e6:.1f} M"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -195,9 +272,15 @@ def main(argv: list[str] | None = None) -> None:
         for number in args.rows:
             name = list(CHANGES)[number]
             epochs = CHANGES[name].epochs or args.epochs
-            if (name, epochs) in [(row["name"], row["epochs"]) for row in measured()]:
+            if any(row["name"] == name and row["epochs"] == epochs
+                   and ("clear" in row or "error" in row) for row in measured()):
                 continue
-            row = train_row(name, args.data, epochs, folder(name, epochs))
+            out = folder(name, epochs)
+            row = train_row(name, args.data, epochs, out)
+            if row["held_out"]:
+                real, _ = train.load_images(args.data, train=False)
+                row |= judge(load(name, out / "model.pt"), real)
+            print(table([row]), flush=True)
             # Read the file now: another process may have added rows in the meantime.
             others = [other for other in measured() if other["name"] != name]
             RESULTS.write_text(json.dumps([*others, row], indent=1) + "\n")

@@ -312,7 +312,7 @@ def pythagoras(bench: Bench) -> dict[str, torch.Tensor]:
     """What is it worth to be told the label? The losses at each t, with and without.
 
     Returns mean squared errors at each t over the test images, float64 (T+1,), entry 0 is 0:
-        untold      of ε(x_t, t), which is what measure.loss_by_t gives
+        untold      of ε(x_t, t), which is what yardstick.loss_by_t gives
         told        of ε(x_t, t, c), with the image's own label
         difference  between the two answers
 

@@ -33,7 +33,7 @@ from sample import RESTARTS, SHIPPED, open_checkpoint, restart, sample, to_uint8
 from schedule import NoiseSchedule
 from tests.experiments import ablations
 from tests.experiments.yardstick import (
-    draw_samples, frechet_distance, load_classifier, look, measure, nearest, real_floor)
+    draw_samples, frechet_distance, load_classifier, look, loss_by_t, measure, nearest, real_floor)
 from train import HERE, Checkpoint, from_uint8, load_checkpoint, load_images, save
 from unet import pick_device, prepare_device
 
@@ -167,28 +167,6 @@ def kept_samples(file: Path, count: int, draw: Callable[[range], torch.Tensor]) 
 def spread(images: torch.Tensor) -> float:
     """The variance of a pixel over the images, in [-1, 1], averaged over the pixels."""
     return from_uint8(images).var(dim=0).mean().item()
-
-
-@torch.no_grad()
-def loss_by_t(model: torch.nn.Module, schedule: NoiseSchedule,
-              images: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted noise at each t, float64 (T+1,); entry 0 is 0.
-
-    This is the measurement of train.evaluate, whose value is the mean of these numbers if all t are
-    seen equally often.
-    """
-    device = next(model.parameters()).device
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    levels = 1 + torch.arange(len(images)) % schedule.T
-    total = torch.zeros(schedule.T + 1, dtype=torch.float64)
-    count = torch.zeros(schedule.T + 1, dtype=torch.float64)
-    for x0, t, eps in zip(images.split(128), levels.split(128), noise.split(128)):
-        xt = schedule.q_sample(from_uint8(x0), t, eps)
-        eps_hat = model(xt.to(device), t.to(device)).cpu()
-        error = (eps - eps_hat).double().square().mean((1, 2, 3))
-        total.index_add_(0, t, error)
-        count.index_add_(0, t, torch.ones_like(error))
-    return total / count.clamp(min=1)
 
 
 def wiener(schedule: NoiseSchedule) -> torch.Tensor:

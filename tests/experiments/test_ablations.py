@@ -1,5 +1,7 @@
 """Each row of the ablation table changes what its name says, and nothing else."""
 
+import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -7,10 +9,13 @@ import torch
 from torch import nn
 
 import train
+from schedule import NoiseSchedule
 from tests.experiments import ablations
-from tests.experiments.ablations import CHANGES, table, train_row
+from tests.experiments.ablations import CHANGES, judge, table, train_row
+from tests.experiments.test_measure import Sure
+from tests.experiments.yardstick import load_classifier, look
 from tests.strategies import normal, pictures
-from unet import Attention
+from unet import Attention, UNet, timestep_embedding
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +89,80 @@ def test_learned_images_are_gone():
     t = torch.tensor([1, 900])
     with torch.no_grad():
         assert torch.equal(cut(x, t), whole(x, t))
+
+
+def test_slim_network_has_as_many_parameters_elsewhere():
+    """One attention instead of two, three eighths of the arithmetic at 28x28 gone, and yet 324,705
+    parameters.
+    """
+    model = built("fewer channels at 28x28")
+    assert sum(p.numel() for p in model.parameters()) == 324_705
+    assert sum(isinstance(module, Attention) for module in model.modules()) == 1
+    assert model.stem.weight.shape[0] == 24 and model.head[-1].weight.shape[1] == 24
+    with torch.random.fork_rng(devices=[]):
+        again = CHANGES["fewer channels at 28x28"].network(**model.config)
+    again.load_state_dict(model.state_dict())
+
+
+def test_twice_through_the_bottleneck_is_the_plain_loop():
+    """It computes what a loop over the layers of the default network computes that goes through
+    those at 7x7 twice. A copy of it uses the weights of the copy.
+    """
+    model = built("7x7 layers twice")
+    plain = built("the recipe")
+    with torch.no_grad():
+        for mine, other in zip(plain.parameters(), model.parameters(), strict=True):
+            mine.copy_(other)
+    xt = normal(0, 2, 1, 28, 28, dtype=torch.float32)
+    t = torch.tensor([5, 700])
+
+    @torch.no_grad()
+    def by_hand(net: UNet) -> torch.Tensor:
+        fine, middle, _ = net.encoder
+        time = net.time_mlp(timestep_embedding(t, 80))
+        a = fine[0](net.stem(xt), time)
+        b = middle[0](net.down[0](a), time)
+        x = net.down[1](b)
+        for _ in range(2):
+            x = net.encoder[2][1](net.encoder[2][0](x, time), time)
+            x = net.merge[2](torch.cat([net.attention[0](x), x], dim=1))
+            x = net.attention[1](net.decoder[2][1](net.decoder[2][0](x, time), time))
+        for level, kept in ((1, b), (0, a)):
+            x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            x = net.decoder[level][0](net.merge[level](torch.cat([x, kept], dim=1)), time)
+        echo, scale = net.gain(time).T.reshape(2, 2, 1, 1, 1)
+        return echo * xt + (1 + scale) * net.head(x)
+
+    with torch.no_grad():
+        assert torch.allclose(model(xt, t), by_hand(plain), atol=1e-5)
+        other = copy.deepcopy(model)
+        other.merge[2].weight.mul_(2)
+        plain.merge[2].weight.mul_(2)
+        assert torch.allclose(other(xt, t), by_hand(plain), atol=1e-5)
+        assert not torch.allclose(model(xt, t), by_hand(plain), atol=1e-3)
+
+
+def test_judge_sees_what_a_network_draws():
+    """A network that is sure of one digit draws nothing else. If all test images are another one,
+    the distance is that of the two digits' features, the share of clear digits is 0 or 1 as the
+    classifier says, and the loss is the squared error of x0, weighted at each t.
+    """
+    schedule = NoiseSchedule()
+    digits, _ = train.builtin_digits(4, seed=3)
+    features, probabilities = look(load_classifier(), digits)
+    for mine, other in ((0, 1), (2, 3)):
+        model = Sure(schedule, train.from_uint8(digits[mine:mine + 1]))
+        real = digits[other:other + 1].repeat(1000, 1, 1, 1)
+        checkpoint = train.Checkpoint(model, schedule, train.Config(dataset="builtin"), {}, [], {})
+        row = judge(checkpoint, real, count=6)
+        assert row["count"] == 6 and row["clear"] == float(probabilities[mine].max() > 0.9)
+        square = (features[mine] - features[other]).square().sum().item()
+        assert math.isclose(row["distance"], square, rel_tol=1e-3)
+        difference = train.from_uint8(digits[mine]) - train.from_uint8(digits[other])
+        signal = schedule.alpha_bar[131:601]
+        weight = (signal / (1 - signal)).mean().item()
+        expected = weight * difference.double().square().mean().item()
+        assert math.isclose(row["decisive_loss"], expected, rel_tol=1e-4)
 
 
 def test_independent_t_is_uniform():
@@ -162,13 +241,16 @@ def test_table_has_a_line_for_each_row():
     """Losses to four digits, after epoch 3 and after the last; a run that diverged says so."""
     lines = table([
         {"name": "a", "held_out": [0.5, 0.02344], "seconds": [10, 20], "parameters": 1234,
-         "macs": 2_500_000, "epochs": 2},
+         "macs": 2_500_000, "epochs": 2, "clear": 0.5321, "distance": 12.34,
+         "decisive_loss": 0.02345},
         {"name": "b", "held_out": [], "seconds": [], "parameters": 5, "macs": 0, "epochs": 2},
         {"name": "c", "held_out": [0.5, 0.4, 0.3, 0.2], "seconds": [9], "parameters": 5, "macs": 0,
          "epochs": 4},
     ]).splitlines()
-    assert lines[2:] == ["| a | 0.0234 | 15 | 1,234 | 2.5 M |", "| b | diverged |  | 5 | 0.0 M |",
-                         "| c | 0.3000 (0.2000 after epoch 4) | 9 | 5 | 0.0 M |"]
+    assert lines[2:] == [
+        "| a | 0.0234 | 0.0234 | 53.2 % | 12.3 | 15 | 1,234 | 2.5 M |",
+        "| b | diverged |  |  |  |  | 5 | 0.0 M |",
+        "| c | 0.3000 (0.2000 after epoch 4) |  |  |  | 9 | 5 | 0.0 M |"]
 
 
 @pytest.mark.skipif(not ablations.RESULTS.exists(), reason="not measured yet")

@@ -10,9 +10,9 @@ import train
 from sample import SHIPPED_LABELS, Guided, Labelled, sample, to_uint8
 from tests.experiments import labels as script
 from tests.experiments.labels import CHOICES, EARLY, EARLY_TOLD, INTERVAL, REPORTED, Setting
-from tests.experiments.measure import Bench, loss_by_t, read_results
+from tests.experiments.measure import Bench, read_results
 from tests.experiments.test_guidance import Untouchable
-from tests.experiments.yardstick import frechet_distance, look
+from tests.experiments.yardstick import frechet_distance, look, loss_by_t
 from tests.strategies import normal, same_images, with_changes, write_mnist
 from train import from_uint8, load_checkpoint
 from unet import UNet
@@ -288,7 +288,7 @@ def with_patterns(bench: Bench, count: int) -> Bench:
 
 
 def test_losses_are_those_of_evaluation(bench):
-    """Without labels those of measure.loss_by_t; with them, a plain loop, one image at a time."""
+    """Without labels those of yardstick.loss_by_t; with them, a plain loop, one image at a time."""
     losses = script.pythagoras(bench)
     expected = loss_by_t(bench.model, bench.checkpoint.schedule, bench.real)
     assert torch.allclose(losses["untold"], expected, rtol=1e-5)

@@ -17,7 +17,8 @@ from sample import sample, to_uint8
 from schedule import NoiseSchedule
 from tests.experiments import ablations
 from tests.experiments import measure as script
-from tests.experiments.measure import Bench, loss_by_t, low_frequencies, share_present
+from tests.experiments.measure import Bench, low_frequencies, share_present
+from tests.experiments.yardstick import loss_by_t
 from tests.strategies import FEW, SEED, normal, same_images, with_changes, write_mnist
 from unet import UNet
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from plots import fingerprint
 from sample import SAMPLERS, SHIPPED, VARIANCES, open_checkpoint, sample, to_uint8
+from schedule import NoiseSchedule
 from train import HERE, from_uint8, load_images, save
 from unet import pick_device, prepare_device
 
@@ -181,6 +182,28 @@ def draw_samples(checkpoint, seeds: range, device: torch.device, **options) -> t
         bar.update(len(part))
     bar.close()
     return torch.cat(images)
+
+
+@torch.no_grad()
+def loss_by_t(model: torch.nn.Module, schedule: NoiseSchedule,
+              images: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted noise at each t, float64 (T+1,); entry 0 is 0.
+
+    This is the measurement of train.evaluate, whose value is the mean of these numbers if all t are
+    seen equally often.
+    """
+    device = next(model.parameters()).device
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    levels = 1 + torch.arange(len(images)) % schedule.T
+    total = torch.zeros(schedule.T + 1, dtype=torch.float64)
+    count = torch.zeros(schedule.T + 1, dtype=torch.float64)
+    for x0, t, eps in zip(images.split(128), levels.split(128), noise.split(128)):
+        xt = schedule.q_sample(from_uint8(x0), t, eps)
+        eps_hat = model(xt.to(device), t.to(device)).cpu()
+        error = (eps - eps_hat).double().square().mean((1, 2, 3))
+        total.index_add_(0, t, error)
+        count.index_add_(0, t, torch.ones_like(error))
+    return total / count.clamp(min=1)
 
 
 def sets_to_compare(samples: torch.Tensor, known: torch.Tensor, real: torch.Tensor,
