@@ -1905,12 +1905,14 @@ def test_command_writes_a_picture(tiny_run, tmp_path, capsys):
 
 
 def test_command_draws_images_of_the_size_that_was_learned(tmp_path):
-    """A model of 8x8 pictures gives 8x8 pictures, in tiles of 9 pixels, beside its file."""
+    """A model of 8x8 pictures gives 8x8 pictures, in tiles of 9 pixels, beside its file. Each pixel
+    is drawn 14 wide, where those of 28x28 are 4 wide, so that the pictures are as large.
+    """
     config = train.Config(epochs=1, batch_size=8, T=20, schedule="cosine", out=str(tmp_path),
                           device="cpu")
     train.train(config, images=(pictures(8, size=8), pictures(8, size=8)))
     picture = draw(tmp_path / "model.pt", "--seeds", "0-8")
-    assert picture.shape == (4 * (2 * 9 + 1), 4 * (8 * 9 + 1))
+    assert picture.shape == (14 * (2 * 9 + 1), 14 * (8 * 9 + 1))
 
 
 def test_command_writes_an_animation(tiny_run, tmp_path, capsys):

@@ -7,8 +7,8 @@
 Each row makes one change to `python train.py` and trains for 3 epochs on all 60,000 images, with
 seed 0. The learning rate falls to 0 within these 3 epochs, except where it is constant. The blog's
 network with the blog's recipe is trained for 15 epochs, because measure.py draws samples from it.
-Then 2,000 digits are drawn in 20 steps of sde-dpm++ and judged by yardstick.py, because two networks
-with the same loss need not draw equally well.
+Then 2,000 digits are drawn in 20 steps of sde-dpm++ and judged by yardstick.py, because two
+networks with the same loss need not draw equally well.
 
 The results go to pretrained/ablations.json, the runs to runs/ablations/. A run that was stopped is
 resumed, and a row that is in the file already is not measured again. With --rows, two processes can
@@ -234,8 +234,8 @@ def measured() -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The table of README.md, in Markdown."""
-    lines = ["| one change | held-out loss | at t of {} to {} | clear | distance | seconds per epoch "
-             "| parameters | multiply-adds |".format(*DECISIVE), "|---" + "|---:" * 7 + "|"]
+    lines = ["| one change | held-out loss | at t of {} to {} | clear | distance | seconds per "
+             "epoch | parameters | multiply-adds |".format(*DECISIVE), "|---" + "|---:" * 7 + "|"]
     for row in rows:
         losses = row["held_out"]
         loss = "diverged"

@@ -3,12 +3,13 @@
     python -m tests.experiments.lengths --data DIR    half an hour on two CPU cores
     python -m tests.experiments.lengths --table       only print what has been measured
 
-It trains `train.py --quick` and runs of 1, 3 and 5 epochs, into runs/length-N, and takes the shipped
-model as the run of 15. In each, the learning rate falls to 0 at the end. Of each, 2,000 digits are
-drawn in 20 steps of sde-dpm++ without guidance, and as many guided by early.pt at t from 150 to
-700, and judged by yardstick.py against the test images. The digits of --quick, which have 16x16
-pixels, are enlarged for it. Ctrl-C saves the run under way, and the same command goes on with it;
-what has been measured is not measured again.
+It trains `train.py --quick` and runs of 1, 3 and 5 epochs, into runs/length-N, and takes the
+shipped model as the run of 15. In each, the learning rate falls to 0 at the end. Of each, 2,000
+digits are drawn in 20 steps of sde-dpm++ without guidance, and as many guided by early.pt at t from
+150 to 700, and judged by yardstick.py against the test images. The digits of --quick, which have
+16x16 pixels, are enlarged for it, and real digits are shrunk and enlarged likewise. Ctrl-C saves
+the run under way, and the same command goes on with it; what has been measured is not measured
+again.
 
 The minutes are those of the epochs, without the start of Python, the reading of the images and the
 drawing of digits. The shipped model was trained on another day; its minutes are those that 15
@@ -35,15 +36,17 @@ COUNT = 2000  # digits of each kind
 INTERVAL = (150, 700)  # the t at which guidance acts
 SHARES = (0.5, 0.75, 0.9)  # of clear digits: after how many minutes are they reached?
 
-# The weight w of guidance: 2 was chosen for the shipped model (see guidance.py). For the runs of 1 and
-# 3 epochs, 3 gave more clear digits than 2, of 400 each, at about the same distance.
+# The weight w of guidance: 2 was chosen for the shipped model (see guidance.py). For the runs of 1
+# and 3 epochs, 3 gave more clear digits than 2, of 400 each, at about the same distance.
 WEIGHT = 2.0
 WEIGHT_OF_SHORT_RUNS = 3.0
 
 # The runs: the name, and what it adds to `train.py`.
-RUNS = {"--quick": ["--quick"], "1 epoch": ["--epochs", "1"], "3 epochs": ["--epochs", "3"],
+QUICK = "--quick"
+RUNS = {QUICK: ["--quick"], "1 epoch": ["--epochs", "1"], "3 epochs": ["--epochs", "3"],
         "5 epochs": ["--epochs", "5"]}
 LONGEST = "15 epochs, the shipped model"
+REAL = {"real digits": 28, "real digits, shrunk to 16x16": 16}  # and the size of their images
 
 
 def folder(name: str) -> Path:
@@ -64,11 +67,15 @@ def judge(checkpoint: train.Checkpoint, earlier: torch.nn.Module, weight: float,
                 "guided": Guided(checkpoint.model, earlier, weight, INTERVAL)}
     row = {"count": count, "weight": weight}
     for how, network in networks.items():
-        samples = enlarged(draw(checkpoint, network, count))
-        features, probabilities = look(classifier, samples)
-        row[how] = {"clear": (probabilities.amax(dim=1) > 0.9).double().mean().item(),
-                    "distance": frechet_distance(features, reference)}
+        row[how] = numbers(classifier, draw(checkpoint, network, count), reference)
     return row
+
+
+def numbers(classifier: torch.nn.Module, images: torch.Tensor, reference: torch.Tensor) -> dict:
+    """The share of clear digits, and their distance from the reference, of images of any size."""
+    features, probabilities = look(classifier, enlarged(images))
+    return {"clear": (probabilities.amax(dim=1) > 0.9).double().mean().item(),
+            "distance": frechet_distance(features, reference)}
 
 
 def draw(checkpoint: train.Checkpoint, network: torch.nn.Module, count: int) -> torch.Tensor:
@@ -106,8 +113,8 @@ def add(name: str, row: dict) -> None:
 
 
 def in_order(rows: dict[str, dict]) -> list[tuple[str, dict]]:
-    """The rows from the shortest run to the longest."""
-    return sorted(rows.items(), key=lambda item: item[1]["seconds"])
+    """The rows from the shortest run to the longest, and after them those of real digits."""
+    return sorted(rows.items(), key=lambda item: item[1].get("seconds", math.inf))
 
 
 def minutes_to(share: float, how: str, rows: list[dict]) -> str:
@@ -136,17 +143,22 @@ def table(rows: dict[str, dict]) -> str:
     lines = ["| run | images seen | minutes | held-out loss | clear | distance | clear, guided | "
              "distance, guided |", "|---" + "|---:" * 7 + "|"]
     for name, row in in_order(rows):
-        cells = [name, f"{row['images']:,}", f"{row['seconds'] / 60:.1f}",
-                 f"{row['held_out']:.4f}"]
+        cells = [name, "", "", ""]
+        if "seconds" in row:
+            cells = [name, f"{row['images']:,}", f"{row['seconds'] / 60:.1f}",
+                     f"{row['held_out']:.4f}"]
         for how in ("unguided", "guided"):
-            cells += [f"{100 * row[how]['clear']:.1f} %", f"{row[how]['distance']:.1f}"]
+            judged = ["", ""]
+            if how in row:
+                judged = [f"{100 * row[how]['clear']:.1f} %", f"{row[how]['distance']:.1f}"]
+            cells += judged
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| minutes of training until so many digits are clear | "
               + " | ".join(f"{100 * share:.0f} %" for share in SHARES) + " |",
               "|---" + "|---:" * len(SHARES) + "|"]
-    in_time = [row for _, row in in_order(rows)]
+    of_full_size = [row for name, row in in_order(rows) if name != QUICK and "seconds" in row]
     for how in ("unguided", "guided"):
-        cells = [how, *(minutes_to(share, how, in_time) for share in SHARES)]
+        cells = [how, *(minutes_to(share, how, of_full_size) for share in SHARES)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -162,6 +174,12 @@ def main(argv: list[str] | None = None) -> None:
         real, _ = train.load_images(args.data, train=False)
         reference, _ = look(load_classifier(), real)
 
+        # Real digits: the first training images, as many as are drawn of each model.
+        known, _ = train.load_images(args.data, train=True)
+        for name, size in REAL.items():
+            images = train.scaled(known[:COUNT], size)
+            add(name, {"unguided": numbers(load_classifier(), images, reference)})
+
         # The runs that are trained here, the shortest first.
         for name, options in RUNS.items():
             if name in measured():
@@ -175,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # The shipped model.
         if LONGEST not in measured():
-            longest = max(measured().values(), key=lambda row: row["images"])
+            longest = measured()[list(RUNS)[-1]]
             row = row_of(SHIPPED, WEIGHT, reference)
             row["seconds"] = row["images"] * longest["seconds"] / longest["images"]
             add(LONGEST, row)
