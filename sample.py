@@ -7,7 +7,7 @@
     python sample.py --sampler sde-dpm++ --digits 0-9 --guidance 1.5   digits to order
     python sample.py --gif chain.gif                 the way from noise to digits, as an animation
     python sample.py --sampler sde-dpm++ --seeds 0-9999 --out digits/
-                                                     10,000 digits as files of 28x28 pixels
+                                                     10,000 digits, each as a file
 
 WHAT TO EXPECT. On two CPU cores 32 digits take about a minute in 1,000 steps and 2 seconds in 20.
 Of 2,000 digits, 77 % (in 20 steps 76 %) were clear to a classifier, which means that it gave one of
@@ -914,8 +914,8 @@ def make_parser() -> Parser:
                         help="model file (default: your own finished run, else the shipped one)")
     parser.add_argument("--out", type=os.path.expanduser, metavar="PNG",
                         help="picture to write (default: samples.png beside the model), or a "
-                             "folder, DIR/, for a file of 28x28 pixels for each digit; the same "
-                             "command again draws those that are missing")
+                             "folder, DIR/, for a file for each digit; the same command again draws "
+                             "those that are missing")
     parser.add_argument("--batch-size", type=int, metavar="N",
                         help="digits drawn at a time, with a folder "
                              f"(default: {BATCH_SIZE})")
@@ -1173,7 +1173,8 @@ def write_grid(args: argparse.Namespace, checkpoint: Checkpoint, model: torch.nn
     """
     # Sample. An animation shows about 50 of the levels.
     columns = columns_of_grid(args.classes)
-    scale = max(2, 56 // checkpoint.model.config["size"])  # small images are enlarged more
+    # Small images are enlarged more, so that their grid is about as large as one of 28x28.
+    scale = max(2, 2 * 28 // checkpoint.model.config["size"])
     shown = set(levels[::max(1, len(levels) // 50)]) | {0}
     frames = []
     chain = begin_chain(args, checkpoint, model, args.seeds)

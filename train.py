@@ -64,6 +64,7 @@ import csv
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -72,6 +73,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -99,8 +101,8 @@ BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
             "builtin": "built-in digits", "folder": "images of a folder"}
 
-# What --quick changes. At 16x16 an image costs half as much as at 28x28, and what makes a numeral is
-# learned sooner from fewer pixels. One pass over MNIST in many small steps is enough for that.
+# What --quick changes. In small batches, an image of 16x16 pixels costs half as much as one of 28x28,
+# and with fewer pixels the network learns the shapes of numerals from fewer images.
 QUICK = {"epochs": 1, "batch_size": 32, "lr": 2e-3, "size": 16, "val_images": 2_000}
 
 # What --resume may change: how long a run goes on, and how fast.
@@ -108,6 +110,9 @@ PLAN = ("epochs", "lr")
 
 # The share of the steps after which early.pt is written.
 EARLY = 2 / 15
+
+# A run of up to so many steps is called short: about five epochs of MNIST.
+SHORT_RUN = 2_500
 
 # With --labels: the probability with which the label of an image is kept from the network.
 DROPPED = 0.1
@@ -139,8 +144,8 @@ class Config:
     seed: int = option(0, "seed of the weights, the image order and all noise")
     images: int = option(0, "train on the first N images only; 0 takes all")
     val_images: int = option(0, "hold out the last N training images, not the test set")
-    size: int = option(0, "scale the images to this side, a multiple of 4; 0 leaves them as they "
-                          "are")
+    size: int = option(0, "resize the images to N x N pixels, N a multiple of 4; 0 is 28, or the "
+                          "size of the images that train() is given")
     labels: bool = option(False, "tell the network the class of each image, so that sample.py can "
                                  "draw the class that is asked for")
 
@@ -751,8 +756,8 @@ def checkpoint_to_resume(config: Config, network=UNet) -> "Checkpoint":
     checkpoint = load_checkpoint(path, network)
     if "adam" not in checkpoint.state:
         raise ValueError(f"{path} holds no run that could go on, only a model")
-    # A run from before there were labels has none.
-    options = {"labels": False, **checkpoint.state["config"]}
+    # An older run, from before there were these options, goes on without them.
+    options = {"labels": False, "size": 0, **checkpoint.state["config"]}
     for name, value in options.items():
         if name not in PLAN and getattr(config, name) != value:
             raise ValueError(f"the run in {config.out} has {name} = {value}, "
@@ -855,25 +860,7 @@ def split_images(config: Config, images: tuple | None = None) -> tuple[Examples,
 
     Raises ValueError if there are too few or they are not bytes, OSError as load_images does.
     """
-    # Read the training images and the test images. Only a process that is alone may download:
-    # several would write the same files at once.
-    if images is None:
-        alone = process_count() == 1
-        training = Examples(*load_images(config.data, True, config.dataset, download=alone))
-        held_out = Examples(*load_images(config.data, False, config.dataset, download=alone))
-        print(note_on_files(config.data, config.dataset), end="", flush=True)
-    else:
-        training, held_out = map(as_examples, images)
-        for part in (training, held_out):
-            check_images(part.images, "the images given")
-        if training.images.shape[1:] != held_out.images.shape[1:]:
-            raise ValueError("training and held-out images differ in size")
-
-    # Forget the labels, or make sure that there are some.
-    if not config.labels:
-        training.labels = held_out.labels = None
-    elif training.labels is None or held_out.labels is None:
-        raise ValueError("labels=True needs images with labels: pairs (images, labels)")
+    training, held_out = whole_data_set(config, images)
 
     # Hold out training images instead of the test images, to choose hyper-parameters by.
     if config.val_images:
@@ -901,12 +888,40 @@ def split_images(config: Config, images: tuple | None = None) -> tuple[Examples,
     return training, held_out
 
 
+def whole_data_set(config: Config, images: tuple | None) -> tuple[Examples, Examples]:
+    """All training images and all test images, read or given; with labels if config.labels."""
+    # Read them. Only a process that is alone may download: several would write the same files at
+    # once.
+    if images is None:
+        alone = process_count() == 1
+        size = config.size or 28
+        training, held_out = (
+            Examples(*load_images(config.data, part, config.dataset, alone, size))
+            for part in (True, False))
+        print(note_on_files(config.data, config.dataset), end="", flush=True)
+    else:
+        training, held_out = map(as_examples, images)
+        for part in (training, held_out):
+            check_images(part.images, "the images given")
+        if training.images.shape[1:] != held_out.images.shape[1:]:
+            raise ValueError("training and held-out images differ in size")
+
+    # Forget the labels, or make sure that there are some.
+    if not config.labels:
+        training.labels = held_out.labels = None
+    elif training.labels is None or held_out.labels is None:
+        raise ValueError("labels=True needs images with labels: pairs (images, labels)")
+    return training, held_out
+
+
 def scaled(images: torch.Tensor, size: int) -> torch.Tensor:
     """Images, uint8 (N, C, H, H), of another size: uint8 (N, C, size, size)."""
-    # antialias: a pixel of a smaller image is an average of all pixels that it stands for.
-    parts = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
-             for part in images.split(10_000)]
-    return torch.cat(parts).round().to(torch.uint8)
+    def resize(part: torch.Tensor) -> torch.Tensor:
+        # antialias: a pixel of a smaller image is an average of all pixels that it stands for.
+        resized = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+        return resized.round().to(torch.uint8)
+
+    return torch.cat([resize(part) for part in images.split(1000)])  # as floats, a few at a time
 
 
 def as_examples(part: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Examples:
@@ -942,7 +957,7 @@ def class_names(config: Config, images: tuple | None = None) -> list[str]:
 
 
 def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: str = "mnist",
-                download: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+                download: bool = True, size: int = 28) -> tuple[torch.Tensor, torch.Tensor]:
     """Read all images of a data set, or the part of it that is held out.
 
     data      a folder with MNIST/raw (FashionMNIST/raw, KMNIST/raw) in it; for the data set
@@ -952,6 +967,7 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
     dataset   a name in DATASETS
     download  fetch files that are missing, into the default folder, a folder that is empty, or one
               that holds MNIST, FashionMNIST or KMNIST already
+    size      side that the images of a folder are scaled to; those of the other data sets have 28
 
     Returns the images, uint8 (N, 1, 28, 28), and their labels, int64 (N,). Raises
     FileNotFoundError if they are missing and cannot be downloaded, ValueError if a file is damaged,
@@ -960,7 +976,7 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
     if dataset == "builtin":
         return builtin_digits(60_000, seed=0) if train else builtin_digits(10_000, seed=1)
     if dataset == "folder":
-        images, labels = images_of_folder(data, train)
+        images, labels = images_of_folder(data, train, size)
     else:
         images, labels = images_of_mnist(data, train, dataset, download)
     check_content(images, f"the {'training' if train else 'held-out'} images in {data}")
@@ -1085,18 +1101,18 @@ def failure_of_download(kind: type, data: str | Path) -> str:
                 folder.rmdir()
 
 
-def images_of_folder(data: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images in DATA/CLASS/*, made grey and 28x28, in a fixed random order; see load_images.
+def images_of_folder(data: str | Path, train: bool, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images in DATA/CLASS/*, made grey and square, in a fixed random order; see load_images.
 
     If DATA has a folder for training and one for testing, these are the two parts. Otherwise every
     tenth image of the order is held out.
     """
-    parts = folders_of_images(data)
+    parts = folders_of_images(data, size)
     folder = parts[0] if train else parts[-1]
     chosen = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist()
     if len(parts) == 1:
         chosen = [i for k, i in enumerate(chosen) if (k % 10 > 0) == train]
-    images = torch.zeros(len(chosen), 1, 28, 28, dtype=torch.uint8)
+    images = torch.zeros(len(chosen), 1, size, size, dtype=torch.uint8)
     labels = torch.zeros(len(chosen), dtype=torch.int64)
     for row, i in enumerate(chosen):
         images[row], labels[row] = folder[i]
@@ -1108,7 +1124,7 @@ TRAINING_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("test", "testing", "val", "valid", "validation")
 
 
-def folders_of_images(data: str | Path) -> list:
+def folders_of_images(data: str | Path, size: int = 28) -> list:
     """DATA/CLASS/* as one ImageFolder of torchvision, or DATA/train/CLASS/* and DATA/test/CLASS/*.
 
     Other names of the two are listed above; of several, the first that exists counts. If there is
@@ -1128,7 +1144,7 @@ def folders_of_images(data: str | Path) -> list:
 
     # List the images.
     try:
-        parts = [ImageFolder(path, loader=read_picture) for path in paths]
+        parts = [ImageFolder(path, loader=partial(read_picture, size=size)) for path in paths]
     except OSError as error:
         raise FileNotFoundError(f"no images of classes in {data} ({error}); name by --data a "
                                 "folder that has a folder of images for each class") from error
@@ -1139,8 +1155,8 @@ def folders_of_images(data: str | Path) -> list:
     return parts
 
 
-def read_picture(path: str) -> torch.Tensor:
-    """Read an image file: grey, turned as a viewer shows it, 28x28, uint8 (1, 28, 28).
+def read_picture(path: str, size: int = 28) -> torch.Tensor:
+    """Read an image file: grey, turned as a viewer shows it, scaled, uint8 (1, size, size).
 
     An image that is not square keeps its shape, and is padded with the grey level of its border.
     Raises ValueError, which names the file, if it cannot be read right.
@@ -1152,8 +1168,8 @@ def read_picture(path: str) -> torch.Tensor:
             ImageOps.exif_transpose(picture, in_place=True)
             grey = grey_levels(picture)  # (H, W)
         border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-        square = ImageOps.pad(Image.fromarray(grey.numpy()), (28, 28), Image.Resampling.BILINEAR,
-                              color=border.median().item())
+        square = ImageOps.pad(Image.fromarray(grey.numpy()), (size, size),
+                              Image.Resampling.BILINEAR, color=border.median().item())
         return pil_to_tensor(square)
     except Exception as error:  # PIL raises many kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -1497,7 +1513,7 @@ def take_lock(folder: Path) -> int:
 NAMES = {"dataset": DATASETS, "schedule": KINDS}
 LIMITS = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "lr": (1e-9, 1), "warmup": (0, 1),
           "ema": (0, 0.999999), "clip": (1e-9, math.inf), "T": (2, 10**6), "seed": (0, 2**63 - 1),
-          "images": (0, 10**9), "val_images": (0, 10**6), "size": (0, 1024)}
+          "images": (0, 10**9), "val_images": (0, 10**6), "size": (0, 256)}
 
 
 def check_options(config: Config) -> None:
@@ -1510,8 +1526,6 @@ def check_options(config: Config) -> None:
         value = getattr(config, name)
         if not low <= value <= high:  # NaN fails, too
             raise ValueError(f"{name} must be between {low} and {high}, not {value}")
-    if config.size % 4:
-        raise ValueError(f"size must be a multiple of 4, not {config.size}")
 
 
 def default_folder(config: Config) -> str:
@@ -1577,14 +1591,19 @@ def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, 
         return Config(**given, dataset="builtin"), notice
 
 
-def options_for_samples(config: Config) -> str:
-    """The options of sample.py that draw clear digits with a finished run, in seconds."""
-    # The less a network has learned, the more guidance it needs (tests/experiments/README.md).
-    guidance = 3 if config.epochs <= 5 else 2
-    options = f"--checkpoint {Path(config.out, 'model.pt')} --sampler sde-dpm++"
+def options_for_samples(config: Config, steps: int) -> str:
+    """The options of sample.py that draw clear digits with a finished run of so many steps."""
+    model = Path(config.out, "model.pt")
+    options = f"--checkpoint {shlex.quote(str(model))} --sampler sde-dpm++"
     if config.labels and config.dataset in ("mnist", "builtin"):
         return f"{options} --digits 0-9 --guidance 1.5"
-    return f"{options} --guidance {guidance}"
+
+    # Guidance needs an earlier state of the network, which a run of a single step does not have.
+    early = model.with_name("early.pt")
+    if not early.exists() or len(torch.load(early, weights_only=True)["history"]["step_loss"]) >= steps:
+        return options
+    # After few steps, more guidance gives more digits that can be read.
+    return f"{options} --guidance {3 if steps <= SHORT_RUN else 2}"
 
 
 def read_options(argv: list[str] | None) -> tuple[Config, dict, bool, torch.device]:
@@ -1645,7 +1664,8 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
                 print(f"{notice}stopped at step {len(history['step_loss'])}; to go on, add "
                       f"--resume --out {config.out}", file=sys.stderr)
             else:
-                print(f"{notice}done; now type: python sample.py {options_for_samples(config)}")
+                print(f"{notice}done; now type: python sample.py "
+                      f"{options_for_samples(config, len(history['step_loss']))}")
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         # Any process may have trouble of its own with its device, which is a RuntimeError.
         if not may_complain() and not isinstance(error, RuntimeError):

@@ -173,7 +173,7 @@ TABLE = [
     ("train", "--images -1", 2, "images must be between"),
     ("train", "--val-images -1", 2, "val_images must be between"),
     ("train", "--size -4", 2, "size must be between"),
-    ("train", "--size 15", 2, "size must be a multiple of 4, not 15"),
+    ("train", "--size 257", 2, "size must be between 0 and 256"),
     ("train", "--dataset folder", 2, "name the folder of your images by --data"),
     ("train", "--colour", 2, "unrecognized arguments: --colour"),
     ("train", "--labels yes", 2, "unrecognized arguments: yes"),

@@ -1904,15 +1904,22 @@ def test_command_writes_a_picture(tiny_run, tmp_path, capsys):
     assert description.endswith(", ddpm, 20 steps")
 
 
-def test_command_draws_images_of_the_size_that_was_learned(tmp_path):
-    """A model of 8x8 pictures gives 8x8 pictures, in tiles of 9 pixels, beside its file. Each pixel
-    is drawn 14 wide, where those of 28x28 are 4 wide, so that the pictures are as large.
+@pytest.mark.parametrize("size, scale", [(8, 14), (16, 6), (28, 4), (32, 4)])
+def test_command_draws_images_of_the_size_that_was_learned(size, scale, tmp_path):
+    """A model of 8x8 pictures gives 8x8 pictures, in tiles of 9 pixels, beside its file. A pixel of
+    28x28 is drawn 4 wide, in an animation 2; those of smaller pictures are wider, so that the grid
+    is about as large.
     """
     config = train.Config(epochs=1, batch_size=8, T=20, schedule="cosine", out=str(tmp_path),
                           device="cpu")
-    train.train(config, images=(pictures(8, size=8), pictures(8, size=8)))
-    picture = draw(tmp_path / "model.pt", "--seeds", "0-8")
-    assert picture.shape == (14 * (2 * 9 + 1), 14 * (8 * 9 + 1))
+    train.train(config, images=(pictures(8, size=size), pictures(8, size=size)),
+                network=functools.partial(UNet, channels=(8, 8, 8)))
+    gif = tmp_path / "a.gif"
+    picture = draw(tmp_path / "model.pt", "--seeds", "0-8", "--gif", str(gif))
+    tile = size + 1
+    assert picture.shape == (scale * (2 * tile + 1), scale * (8 * tile + 1))
+    with Image.open(gif) as animation:
+        assert animation.size == (scale // 2 * (8 * tile + 1), scale // 2 * (2 * tile + 1))
 
 
 def test_command_writes_an_animation(tiny_run, tmp_path, capsys):

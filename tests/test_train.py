@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -25,13 +26,14 @@ from torch.utils._pytree import tree_flatten
 
 import train
 from sample import SHIPPED, to_uint8
+from sample import main as sample_main
 from schedule import NoiseSchedule
 from strategies import FEW, SEED, pictures, same_state, write_mnist
 from train import (
     BLOG_LOSS, DROPPED, HERE, QUICK, Config, Examples, Run, builtin_digits, class_names, draw_t,
     drop_labels, evaluate, from_uint8, learning_rate, load_checkpoint, load_images, next_batch,
-    own_share, read_picture, save, save_history, scaled, split_images, told_to_stop, training_step,
-    update_average)
+    options_for_samples, own_share, read_picture, save, save_history, scaled, split_images,
+    told_to_stop, training_step, update_average)
 from unet import UNet
 
 
@@ -281,6 +283,19 @@ def test_grey_levels_are_scaled_by_the_range_of_the_format(name, tmp_path):
     got = read_picture(str(tmp_path / name))
     assert got.shape == (1, 28, 28) and got.dtype == torch.uint8
     assert (got[0].int() - torch.tensor(LEVELS).int()).abs().max() <= 1
+
+
+def test_pictures_of_a_folder_are_scaled_once(tmp_path):
+    """With size=64, pictures of 64x64 pixels are read as they are, not by way of 28x28."""
+    images = pictures(20, size=64)
+    for k, image in enumerate(images):
+        path = tmp_path / "data" / "class" / f"{k:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(path)
+    config = small(tmp_path, dataset="folder", data=str(tmp_path / "data"), size=64)
+    training, held_out = split_images(config)
+    read = torch.cat([training.images, held_out.images])
+    assert sorted(read.flatten(1).tolist()) == sorted(images.flatten(1).tolist())
 
 
 @pytest.mark.parametrize("kind, factor, message", [
@@ -539,15 +554,22 @@ def test_scaled_images_are_weighted_averages(seed, sizes):
     assert (result - expected).abs().max() < 0.5 + 1e-3
 
 
-def test_training_at_another_size(tmp_path):
+@pytest.mark.parametrize("val_images", [0, 10])
+def test_training_at_another_size(val_images, tmp_path):
     """With size=12 the network is made for images of 12x12 and held-out images are measured at that
-    size. Both parts are scaled, and the images that were given stay as they were.
+    size. Both parts are scaled, their labels stay, and so do the images that were given.
     """
     given_images = tuple(part.clone() for part in IMAGES)
-    config = small(tmp_path, size=12, epochs=1)
+    config = small(tmp_path, size=12, epochs=1, val_images=val_images)
     training, held_out = split_images(config, given_images)
-    for part, original in zip((training, held_out), IMAGES):
+    expected = IMAGES
+    if val_images:
+        expected = IMAGES[0][:-val_images], IMAGES[0][-val_images:]
+    for part, original in zip((training, held_out), expected):
         assert torch.equal(part.images, scaled(original, 12))
+    told, _ = split_images(small("", size=12, labels=True, val_images=val_images), MARKED)
+    assert torch.equal(told.labels, MARKED[0][1][:len(told)])
+
     history = learn(config, images=given_images, network=Plain)
     checkpoint = load_checkpoint(tmp_path / "model.pt", network=Plain)
     assert checkpoint.model.config["size"] == 12 and checkpoint.config.size == 12
@@ -1147,6 +1169,21 @@ def test_existing_run_is_not_overwritten(tmp_path, tiny_run):
                            device="cpu"), resume=True)
     with pytest.raises(OSError, match="no model file"):
         learn(small(tmp_path), resume=True)
+
+
+def test_older_run_goes_on_at_its_own_size_alone(tmp_path):
+    """A run from before there were labels and sizes goes on as if it had been told none; at another
+    size it would be another run, and is refused.
+    """
+    learn(small(tmp_path / "old"), after_step=lambda run: run.step == 2)
+    state = torch.load(tmp_path / "old" / "last.pt", weights_only=True)
+    for name in ("labels", "size"):
+        del state["config"][name]
+    torch.save(state, tmp_path / "old" / "last.pt")
+    with pytest.raises(ValueError, match="has size = 0, not 12"):
+        learn(small(tmp_path / "old", size=12), resume=True)
+    history = learn(small(tmp_path / "old"), resume=True)
+    assert history["step_loss"] == learn(small(tmp_path / "new"))["step_loss"]
 
 
 def test_resuming_with_other_images_is_refused(tmp_path):
@@ -1967,6 +2004,33 @@ def test_command_trains_reports_and_says_what_comes_next(tmp_path, capsys):
     shutil.copy(out / "model.pt", tmp_path / "copy.pt")
     train.main(["--data", str(tmp_path), "--out", str(out), "--resume", "--batch-size", "8"])
     assert (tmp_path / "copy.pt").read_bytes() == (out / "model.pt").read_bytes()
+
+
+@pytest.mark.parametrize("options, advice", [
+    (["--images", "8"], ""), (["--images", "16"], " --guidance 3"),
+    (["--images", "16", "--T", "10", "--schedule", "cosine"], " --guidance 3"),
+    (["--labels"], " --digits 0-9 --guidance 1.5"), (["--size", "12"], " --guidance 3")])
+def test_command_that_comes_next_draws_digits(options, advice, tmp_path, capsys):
+    """The printed command works as it stands, for a folder with a space in its name, too. It guides
+    the network by its earlier state, unless there is none: a run of one step has none.
+    """
+    write_mnist(tmp_path, pictures(24), torch.arange(24) % 10)
+    out = tmp_path / "my run"
+    train.main(["--data", str(tmp_path), "--out", str(out), "--epochs", "1", "--batch-size", "8",
+                "--device", "cpu", *options])
+    line = capsys.readouterr().out.splitlines()[-1]
+    command = shlex.split(line.partition("now type: python sample.py ")[2])
+    assert command == shlex.split(f"--checkpoint '{out / 'model.pt'}' --sampler sde-dpm++{advice}")
+    sample_main([*command, "--seeds", "0-9", "--steps", "2"])
+    assert (out / "samples.png").exists()
+
+
+def test_long_runs_need_less_guidance(tmp_path):
+    """w is 3 after up to 2,500 steps, about five epochs of MNIST, and 2 after more."""
+    torch.save({"history": {"step_loss": [0.0]}}, tmp_path / "early.pt")
+    config = Config(out=str(tmp_path))
+    for steps, weight in ((2, 3), (5 * 468, 3), (15 * 468, 2)):
+        assert options_for_samples(config, steps).endswith(f" --guidance {weight}")
 
 
 def test_help_shows_every_option_with_its_default(capsys, monkeypatch):

@@ -28,8 +28,7 @@ from torch import nn
 
 import train
 from tests.experiments.benchmark import BlogNet, multiply_adds
-from tests.experiments.yardstick import (
-    draw_samples, frechet_distance, load_classifier, look, loss_by_t)
+from tests.experiments.yardstick import draw_samples, load_classifier, look, loss_by_t, quality
 from unet import Attention, UNet
 
 RESULTS = train.HERE / "pretrained" / "ablations.json"
@@ -215,12 +214,10 @@ def judge(checkpoint: train.Checkpoint, real: torch.Tensor, count: int = COUNT) 
     classifier = load_classifier()
     samples = draw_samples(checkpoint, range(count), torch.device("cpu"), sampler="sde-dpm++",
                            steps=20)
-    features, probabilities = look(classifier, samples)
+    reference, _ = look(classifier, real)
     losses = loss_by_t(checkpoint.model, checkpoint.schedule, real)
     low, high = DECISIVE
-    return {"count": count,
-            "clear": (probabilities.amax(dim=1) > 0.9).double().mean().item(),
-            "distance": frechet_distance(features, look(classifier, real)[0]),
+    return {"count": count, **quality(classifier, samples, reference),
             "decisive_loss": losses[low:high + 1].mean().item()}
 
 

@@ -1,18 +1,18 @@
 """The record of runs of several lengths says what the runs say."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from sample import Guided, sample, to_uint8
 from schedule import NoiseSchedule
 from tests.experiments import lengths
 from tests.experiments.lengths import judge, minutes_to, table
-from tests.experiments.test_measure import Sure
-from tests.experiments.yardstick import load_classifier, look
+from tests.experiments.yardstick import load_classifier, quality
+from tests.strategies import normal
 
 pytestmark = pytest.mark.slow
 
@@ -53,57 +53,64 @@ def test_tables_have_the_shortest_run_first():
                           "| guided | less than 2.0 | 4.3 | 6.9 |"]
 
 
-def test_judge_asks_the_model_alone_and_then_guided():
-    """A model that is sure of one digit, and an earlier state that is sure of another: both chains
-    end at the digit of the model. The earlier state is asked at each t from 150 to 700 of one
-    chain. The distance is that from the features given.
+class Leaning(torch.nn.Module):
+    """A network that takes the noise for a multiple of what it sees, so that all others differ."""
+
+    def __init__(self, factor: float, size: int = 28):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+        self.config = {"size": size}
+        self.asked = []
+
+    def forward(self, xt, t):
+        self.asked.append(t[0].item())
+        return self.factor * xt
+
+
+@pytest.mark.parametrize("size", [28, 16])
+def test_judge_asks_the_model_alone_and_then_guided(size):
+    """The numbers are those of the digits that sample() draws with the model alone, and with the
+    guidance of this weight at t from 150 to 700, at the size of the model.
     """
     schedule = NoiseSchedule()
-    digits, _ = train.builtin_digits(2, seed=3)
-    features, probabilities = look(load_classifier(), digits)
-    model, earlier = (Sure(schedule, train.from_uint8(digits[k:k + 1])) for k in (0, 1))
-    model.config = {"size": 28}
+    model = Leaning(0.9, size)
+    earlier = Leaning(0.7, size)
     checkpoint = train.Checkpoint(model, schedule, train.Config(dataset="builtin"), {}, [], {})
-    result = judge(checkpoint, earlier, 2.0, features[1:].repeat(3, 1), count=4)
-    assert result["count"] == 4
-    square = (features[0] - features[1]).square().sum().item()
-    for how in ("unguided", "guided"):
-        assert result[how]["clear"] == float(probabilities[0].max() > 0.9)
-        assert math.isclose(result[how]["distance"], square, rel_tol=1e-3)
+    reference = normal(0, 10, 64)
+    result = judge(checkpoint, earlier, 3.0, reference, count=4)
     levels = [1000 - 50 * k for k in range(20)]
-    assert sorted(t[0].item() for _, t in model.asked) == sorted(2 * levels)
-    assert [t[0].item() for _, t in earlier.asked] == [t for t in levels if 150 <= t <= 700]
+    assert model.asked == levels + levels
+    assert earlier.asked == [t for t in levels if 150 <= t <= 700]
 
-
-def test_small_digits_are_enlarged():
-    """A digit of 28x28 stays as it is; one of 14x14 becomes one whose pixels, averaged two by two,
-    are nearly those of before. The classifier mostly sees the same numeral.
-    """
-    digits, labels = train.builtin_digits(20, seed=5)
-    assert lengths.enlarged(digits) is digits
-    small = train.scaled(digits, 14)
-    large = lengths.enlarged(small)
-    assert large.shape == (20, 1, 28, 28) and large.dtype == torch.uint8
-    back = torch.nn.functional.avg_pool2d(large.double(), 2)
-    assert (back - small).abs().mean() < 6
-    _, before = look(load_classifier(), digits)
-    _, after = look(load_classifier(), large)
-    assert (before.argmax(dim=1) == after.argmax(dim=1)).sum() >= 16
+    by_hand = {"unguided": model, "guided": Guided(model, earlier, 3.0, (150, 700))}
+    for how, network in by_hand.items():
+        *_, (_, digits, _) = sample(network, schedule, [0, 1, 2, 3], "sde-dpm++",
+                                    shape=(1, size, size))
+        assert result[how] == quality(load_classifier(), to_uint8(digits.detach()), reference)
+    assert result["guided"] != result["unguided"]
+    assert result["count"] == 4 and result["weight"] == 3.0
 
 
 def test_numbers_of_a_run_are_those_of_its_files(tiny_run):
-    """The images that it saw, and the seconds and the last held-out loss of its history."""
-    reference = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).double()
-    history = train.load_checkpoint(tiny_run / "model.pt").history
-    result = lengths.row_of(tiny_run / "model.pt", 2.0, reference, count=2)
-    config = train.load_checkpoint(tiny_run / "model.pt").config
-    assert result["images"] == config.batch_size * len(history["step_loss"]) > 0
-    assert result["seconds"] == sum(history["seconds"])
-    assert result["held_out"] == history["held_out"][-1]
+    """Its digits are judged with early.pt as the guide; the images that it saw, the seconds and the
+    last held-out loss are those of its history.
+    """
+    reference = normal(0, 10, 64)
+    checkpoint = train.load_checkpoint(tiny_run / "model.pt")
+    earlier = train.load_checkpoint(tiny_run / "early.pt").model
+    history = checkpoint.history
+    assert lengths.row_of(tiny_run / "model.pt", 2.0, reference, count=2) == {
+        **judge(checkpoint, earlier, 2.0, reference, count=2),
+        "images": checkpoint.config.batch_size * len(history["step_loss"]),
+        "seconds": sum(history["seconds"]), "held_out": history["held_out"][-1]}
 
 
 @pytest.mark.skipif(not lengths.RESULTS.exists(), reason="not measured yet")
 def test_readme_shows_what_was_measured():
     """The tables in README.md are those made from pretrained/lengths.json."""
     text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    assert table(json.loads(lengths.RESULTS.read_text())) in text
+    rows = json.loads(lengths.RESULTS.read_text())
+    assert table(rows) in text
+    quick = train.QUICK
+    steps = (60_000 - quick["val_images"]) // quick["batch_size"] * quick["epochs"]
+    assert rows["--quick"]["images"] == steps * quick["batch_size"]  # not those of an older --quick

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.experiments import yardstick
-from tests.experiments.yardstick import frechet_distance, look, measure, nearest
+from tests.experiments.yardstick import (
+    frechet_distance, load_classifier, look, measure, nearest, quality, resized)
 from tests.strategies import FEW, SEED, normal, pictures
 from train import builtin_digits
 
@@ -110,3 +111,46 @@ def test_shipped_classifier_fits_the_script():
     images, labels = builtin_digits(300, seed=2)
     right = (look(classifier, images)[1].argmax(1) == labels).double().mean()
     assert right > 0.5  # trained on handwriting, it can read print
+
+
+@FEW
+@given(SEED, st.sampled_from([8, 16, 20, 32]))
+def test_resizing_keeps_what_an_image_shows(seed, size):
+    """A constant stays constant, and a ramp stays the same ramp away from its ends. A mirrored or
+    transposed image gives the mirrored or transposed result, so nothing is shifted. Images of 28x28
+    pixels stay as they are.
+    """
+    images = pictures(3, size=size, seed=seed)
+    result = resized(images)
+    assert result.shape == (3, 1, 28, 28) and result.dtype == torch.uint8
+    for turn in (lambda x: x.flip(3), lambda x: x.transpose(2, 3)):
+        assert (resized(turn(images)).int() - turn(result).int()).abs().max() <= 1
+    assert resized(result) is result
+
+    grey = torch.full((1, 1, size, size), seed % 256, dtype=torch.uint8)
+    assert (resized(grey) == seed % 256).all()
+
+    def ramp(count: int) -> torch.Tensor:
+        return 20 + 200 * (torch.arange(count) + 0.5) / count
+
+    slope = ramp(size).round().to(torch.uint8).expand(1, 1, size, size)
+    inner = slice(8, 20)
+    assert (resized(slope)[0, 0, 0].float() - ramp(28))[inner].abs().max() < 1.5
+
+
+def test_quality_is_the_share_of_clear_images_and_their_distance():
+    """Of digits and of noise, the one by counting, the other by the function that is tested above;
+    digits of 16x16 pixels are judged at 28x28.
+    """
+    classifier = load_classifier()
+    digits, _ = builtin_digits(30, seed=4)
+    noise = torch.randint(256, (30, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    images = torch.cat([digits, noise.to(torch.uint8)])
+    reference = normal(1, 20, 64)
+    features, probabilities = look(classifier, images)
+    clear = sum(max(row) > 0.9 for row in probabilities.tolist())
+    assert 0 < clear < 60
+    assert quality(classifier, images, reference) == {
+        "clear": clear / 60, "distance": frechet_distance(features, reference)}
+    small = images[:, :, 6:22, 6:22]
+    assert quality(classifier, small, reference) == quality(classifier, resized(small), reference)

@@ -95,9 +95,29 @@ def load_classifier(path: Path = CLASSIFIER) -> nn.Sequential:
 
 @torch.no_grad()
 def look(classifier: nn.Sequential, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 (N, 1, 28, 28) -> features, float64 (N, 64), and probabilities, float64 (N, 10)."""
-    features = torch.cat([classifier[:-1](from_uint8(part)) for part in images.split(500)])
+    """uint8 (N, 1, H, H) -> features, float64 (N, 64), and probabilities, float64 (N, 10).
+
+    Images that have not 28x28 pixels are shown to the classifier at this size.
+    """
+    features = torch.cat([classifier[:-1](from_uint8(part)) for part in resized(images).split(500)])
     return features.double(), classifier[-1](features).double().softmax(dim=1)
+
+
+def resized(images: torch.Tensor, size: int = 28) -> torch.Tensor:
+    """Images uint8 (N, 1, H, H) with smooth edges at another size, uint8 (N, 1, size, size)."""
+    if images.shape[-1] == size:
+        return images
+    return to_uint8(F.interpolate(from_uint8(images), (size, size), mode="bicubic"))
+
+
+def quality(classifier: nn.Sequential, images: torch.Tensor, reference: torch.Tensor) -> dict:
+    """The share of clear images, and their Fréchet distance.
+
+    reference  the features of the images to compare with, as look() returns them
+    """
+    features, probabilities = look(classifier, images)
+    return {"clear": (probabilities.amax(dim=1) > 0.9).double().mean().item(),
+            "distance": frechet_distance(features, reference)}
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -172,8 +192,13 @@ def real_floor(classifier: nn.Sequential, known: torch.Tensor,
 
 
 def draw_samples(checkpoint, seeds: range, device: torch.device, **options) -> torch.Tensor:
-    """The images of these seeds, uint8 (N, 1, 28, 28); options are those of sample.sample."""
+    """The images of these seeds, uint8 (N, 1, H, H); options are those of sample.sample.
+
+    H is the size of the network, or 28 if it names none.
+    """
     model = checkpoint.model.to(device)
+    size = getattr(model, "config", {}).get("size", 28)
+    options = {"shape": (1, size, size)} | options
     images = []
     bar = tqdm(total=len(seeds), unit=" images", disable=None)
     for part in torch.tensor(seeds).split(100 if device.type == "cpu" else 1000):
