@@ -914,8 +914,8 @@ def make_parser() -> Parser:
                         help="model file (default: your own finished run, else the shipped one)")
     parser.add_argument("--out", type=os.path.expanduser, metavar="PNG",
                         help="picture to write (default: samples.png beside the model), or a "
-                             "folder, DIR/, for a file for each digit; the same command again draws "
-                             "those that are missing")
+                             "folder, DIR/, for a file for each digit; the same command again "
+                             "draws those that are missing")
     parser.add_argument("--batch-size", type=int, metavar="N",
                         help="digits drawn at a time, with a folder "
                              f"(default: {BATCH_SIZE})")

@@ -101,8 +101,8 @@ BLOG_LOSS = (0.2203, 0.1124, 0.0987, 0.0889, 0.0839, 0.0779, 0.0756, 0.0727, 0.0
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST",
             "builtin": "built-in digits", "folder": "images of a folder"}
 
-# What --quick changes. In small batches, an image of 16x16 pixels costs half as much as one of 28x28,
-# and with fewer pixels the network learns the shapes of numerals from fewer images.
+# What --quick changes. In small batches, an image of 16x16 pixels costs half as much as one of
+# 28x28, and with fewer pixels the network learns the shapes of numerals from fewer images.
 QUICK = {"epochs": 1, "batch_size": 32, "lr": 2e-3, "size": 16, "val_images": 2_000}
 
 # What --resume may change: how long a run goes on, and how fast.
@@ -1601,8 +1601,12 @@ def options_for_samples(config: Config, steps: int) -> str:
 
     # Guidance needs an earlier state of the network, which a run of a single step does not have.
     early = model.with_name("early.pt")
-    if not early.exists() or len(torch.load(early, weights_only=True)["history"]["step_loss"]) >= steps:
+    early_steps = steps
+    if early.exists():
+        early_steps = len(torch.load(early, weights_only=True)["history"]["step_loss"])
+    if early_steps >= steps:
         return options
+
     # After few steps, more guidance gives more digits that can be read.
     return f"{options} --guidance {3 if steps <= SHORT_RUN else 2}"
 

@@ -9,11 +9,11 @@ Digits are drawn in 20 steps of sde-dpm++. Image k has the seed k and is asked t
 k mod 10.
 
 `choose` draws 500 digits with each of 29 settings, and 2,000 with the best of them, and compares
-them with 10,000 of the first 55,000 training images, as guidance.py does. Three guides are tried: the network itself, not told the label
-(classifier-free guidance); its earlier state, early.pt, not told the label; and early.pt, told the
-same label. `report` measures the settings in REPORTED once, against the 10,000 test images. It also
-trains classifiers on drawn digits, and checks two laws that the answers of a perfect network would
-obey, see `pythagoras` and `mixture`.
+them with 10,000 of the first 55,000 training images, as guidance.py does. Three guides are tried:
+the network itself, not told the label (classifier-free guidance); its earlier state, early.pt, not
+told the label; and early.pt, told the same label. `report` measures the settings in REPORTED once,
+against the 10,000 test images. It also trains classifiers on drawn digits, and checks two laws that
+the answers of a perfect network would obey, see `pythagoras` and `mixture`.
 
 The results go to claims.pt beside the model, as "labels_choice" and "labels". The samples are kept
 in runs/samples/, so a run that was stopped goes on where it was. With OMP_NUM_THREADS=1 and
