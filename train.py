@@ -598,16 +598,8 @@ class Run:
 
     @property
     def early_step(self) -> int:
-        """The step after which early.pt is written: two fifteenths of all steps, at least one.
-
-        A new plan moves it, but never to a step that is finished. If early.pt has been written, it
-        stays.
-        """
-        early_step = math.inf
-        for plan in self.history["plans"]:
-            if plan["step"] < early_step:  # when the plan began, early.pt had not been written
-                early_step = max(plan["step"] + 1, round(EARLY * plan["steps"]))
-        return early_step
+        """The step after which early.pt is written."""
+        return early_step(self.history["plans"])
 
     def plan(self, step: int, epochs: int, lr: float) -> dict[str, int | float]:
         """An entry for history["plans"], see train."""
@@ -701,6 +693,19 @@ class Run:
         changed = any(getattr(self.config, name) != saved_options[name] for name in PLAN)
         if changed and self.step < self.steps:  # without a step to take, nothing changes
             self.history["plans"].append(self.plan(self.step, self.config.epochs, self.config.lr))
+
+
+def early_step(plans: list[dict]) -> int:
+    """The step after which a run writes early.pt: two fifteenths of all steps, at least one.
+
+    plans  those of the run's history, see train. A new plan moves the step, but never to one that
+           is finished. If early.pt has been written, it stays
+    """
+    step = math.inf
+    for plan in plans:
+        if plan["step"] < step:  # when the plan began, early.pt had not been written
+            step = max(plan["step"] + 1, round(EARLY * plan["steps"]))
+    return step
 
 
 def set_up(config: Config, resume: bool, images, network, draw_t,
@@ -916,7 +921,10 @@ def whole_data_set(config: Config, images: tuple | None) -> tuple[Examples, Exam
 
 
 def scaled(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Images, uint8 (N, C, H, H), of another size: uint8 (N, C, size, size)."""
+    """Images, uint8 (N, C, H, H), at a size: uint8 (N, C, size, size)."""
+    if images.shape[-1] == size:
+        return images
+
     def resize(part: torch.Tensor) -> torch.Tensor:
         # antialias: a pixel of a smaller image is an average of all pixels that it stands for.
         resized = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
@@ -970,7 +978,7 @@ def load_images(data: str | Path = HERE / "data", train: bool = True, dataset: s
               that holds MNIST, FashionMNIST or KMNIST already
     size      side that the images of a folder are scaled to; those of the other data sets have 28
 
-    Returns the images, uint8 (N, 1, 28, 28), and their labels, int64 (N,). Raises
+    Returns the images, uint8 (N, 1, H, H) with H as said, and their labels, int64 (N,). Raises
     FileNotFoundError if they are missing and cannot be downloaded, ValueError if a file is damaged,
     if all images are alike, or if many are blank.
     """
@@ -1592,19 +1600,16 @@ def with_builtin_digits_if_needed(config: Config, given: dict) -> tuple[Config, 
         return Config(**given, dataset="builtin"), notice
 
 
-def options_for_samples(config: Config, steps: int) -> str:
-    """The options of sample.py that draw clear digits with a finished run of so many steps."""
-    model = Path(config.out, "model.pt")
-    options = f"--checkpoint {shlex.quote(str(model))} --sampler sde-dpm++"
+def options_for_samples(config: Config, history: dict[str, list]) -> str:
+    """The options of sample.py that draw clear digits with a finished run."""
+    model = shlex.quote(str(Path(config.out, "model.pt")))
+    options = f"--checkpoint {model} --sampler sde-dpm++"
     if config.labels and config.dataset in ("mnist", "builtin"):
         return f"{options} --digits 0-9 --guidance 1.5"
 
     # Guidance needs an earlier state of the network, which a run of a single step does not have.
-    early = model.with_name("early.pt")
-    early_steps = steps
-    if early.exists():
-        early_steps = len(torch.load(early, weights_only=True)["history"]["step_loss"])
-    if early_steps >= steps:
+    steps = len(history["step_loss"])
+    if early_step(history["plans"]) >= steps:
         return options
 
     # After few steps, more guidance gives more digits that can be read.
@@ -1670,7 +1675,7 @@ def main(argv: list[str] | None = None, after_step: Callable[[Run], bool] | None
                       f"--resume --out {config.out}", file=sys.stderr)
             else:
                 print(f"{notice}done; now type: python sample.py "
-                      f"{options_for_samples(config, len(history['step_loss']))}")
+                      f"{options_for_samples(config, history)}")
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         # Any process may have trouble of its own with its device, which is a RuntimeError.
         if not may_complain() and not isinstance(error, RuntimeError):

@@ -2025,12 +2025,20 @@ def test_command_that_comes_next_draws_digits(options, advice, tmp_path, capsys)
     assert (out / "samples.png").exists()
 
 
-def test_long_runs_need_less_guidance(tmp_path):
+def test_long_runs_need_less_guidance():
     """w is 3 after up to 2,500 steps, about five epochs of MNIST, and 2 after more."""
-    torch.save({"history": {"step_loss": [0.0]}}, tmp_path / "early.pt")
-    config = Config(out=str(tmp_path))
+    config = Config()
     for steps, weight in ((2, 3), (5 * 468, 3), (15 * 468, 2)):
-        assert options_for_samples(config, steps).endswith(f" --guidance {weight}")
+        history = {"step_loss": [0.0] * steps, "plans": [{"step": 0, "steps": steps}]}
+        assert options_for_samples(config, history).endswith(f" --guidance {weight}")
+
+
+def test_run_cut_before_its_early_state_is_not_guided():
+    """Planned for 15 steps, of which the second is the early one, and ended after one or two."""
+    plans = [{"step": 0, "steps": 15}]
+    for steps, is_guided in ((1, False), (2, False), (3, True)):
+        history = {"step_loss": [0.0] * steps, "plans": plans}
+        assert ("--guidance" in options_for_samples(Config(), history)) == is_guided
 
 
 def test_help_shows_every_option_with_its_default(capsys, monkeypatch):

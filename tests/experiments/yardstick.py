@@ -110,13 +110,18 @@ def resized(images: torch.Tensor, size: int = 28) -> torch.Tensor:
     return to_uint8(F.interpolate(from_uint8(images), (size, size), mode="bicubic"))
 
 
+def clear_share(probabilities: torch.Tensor) -> float:
+    """The share of images that show one digit with a probability above 0.9; takes (N, 10)."""
+    return (probabilities.amax(dim=1) > 0.9).double().mean().item()
+
+
 def quality(classifier: nn.Sequential, images: torch.Tensor, reference: torch.Tensor) -> dict:
     """The share of clear images, and their Fréchet distance.
 
     reference  the features of the images to compare with, as look() returns them
     """
     features, probabilities = look(classifier, images)
-    return {"clear": (probabilities.amax(dim=1) > 0.9).double().mean().item(),
+    return {"clear": clear_share(probabilities),
             "distance": frechet_distance(features, reference)}
 
 
@@ -173,7 +178,7 @@ def measure(classifier: nn.Sequential, images: torch.Tensor,
     counts = probabilities.argmax(dim=1).bincount(minlength=10)
     expected = reference[1].argmax(dim=1).bincount(minlength=10) * len(images) / len(reference[1])
     return {"count": len(images), "distance": frechet_distance(features, reference[0]),
-            "confident": (probabilities.amax(dim=1) > 0.9).double().mean().item(),
+            "confident": clear_share(probabilities),
             "chi2": ((counts - expected).square() / expected).sum().item(),
             "classes": counts.tolist(),
             "nearest": nearest(images, known)[0].median().item()}
@@ -276,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = look(classifier, real)
     right = (reference[1].argmax(dim=1) == real_labels).double().mean().item()
     print(f"classifier: {right:.2%} of the test images right, "
-          f"{(reference[1].amax(dim=1) > 0.9).double().mean():.1%} confident; "
+          f"{clear_share(reference[1]):.1%} confident; "
           f"{time.perf_counter() - begun:.0f} s")
 
     # Draw the samples.
