@@ -2,6 +2,7 @@
 
     python -m tests.experiments.ablations --data DIR              four hours on two CPU cores
     python -m tests.experiments.ablations --data DIR --rows 0 3   only the first and the fourth row
+    python -m tests.experiments.ablations --speed                 only time a training step of each
     python -m tests.experiments.ablations --table                 only print what has been measured
 
 Each row makes one change to `python train.py` and trains for 3 epochs on all 60,000 images, with
@@ -9,6 +10,9 @@ seed 0. The learning rate falls to 0 within these 3 epochs, except where it is c
 network with the blog's recipe is trained for 15 epochs, because measure.py draws samples from it.
 Then 2,000 digits are drawn in 20 steps of sde-dpm++ and judged by yardstick.py, because two
 networks with the same loss need not draw equally well.
+
+--speed is for a machine that does nothing else: the networks of the rows take turns, and the median
+of the ratios to the time of the recipe is kept. It takes three minutes on two CPU cores.
 
 The results go to pretrained/ablations.json, the runs to runs/ablations/. A run that was stopped is
 resumed, and a row that is in the file already is not measured again. With --rows, two processes can
@@ -19,17 +23,20 @@ than a single process on both cores.
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 import train
-from tests.experiments.benchmark import BlogNet, multiply_adds
+from tests.experiments.benchmark import BATCH, BlogNet, multiply_adds, time_jobs, trainer
 from tests.experiments.yardstick import draw_samples, load_classifier, look, loss_by_t, quality
-from unet import Attention, UNet
+from unet import Attention, UNet, prepare_device, timestep_embedding
 
 RESULTS = train.HERE / "pretrained" / "ablations.json"
 COUNT = 2000  # digits that are judged
@@ -109,6 +116,43 @@ def twice_at_the_bottleneck(**sizes) -> UNet:
     return model
 
 
+class EarlyMerge(UNet):
+    """A UNet that merges before it enlarges: the same function, in fewer operations.
+
+    A 1x1 convolution of two images on top of each other is the sum of a 1x1 convolution of each. It
+    sees one pixel at a time, so the lower image can go through it first and be enlarged afterwards:
+    it has a quarter of the pixels then. The weights are those of UNet.
+    """
+
+    def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        time = self.time_mlp(timestep_embedding(t, self.config["embedding"]).to(xt.dtype))
+        x = self.stem(xt)
+        kept = []
+        for level, blocks in enumerate(self.encoder):
+            if level > 0:
+                x = self.down[level - 1](x)
+            for block in blocks:
+                x = block(x, time)
+            kept.append(x)
+
+        smallest = len(kept) - 1
+        x = self.attention[0](x)
+        for level in reversed(range(len(kept))):
+            merge = self.merge[level]
+            for_x, for_kept = merge.weight.split([x.shape[1], kept[level].shape[1]], dim=1)
+            x = F.conv2d(x, for_x)
+            if level < smallest:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = x + F.conv2d(kept[level], for_kept, merge.bias)
+            for block in self.decoder[level]:
+                x = block(x, time)
+            if level == smallest:
+                x = self.attention[1](x)
+
+        echo, scale = rearrange(self.gain(time), "b two -> two b 1 1 1")
+        return echo * xt + (1 + scale) * self.head(x)
+
+
 def blog_network(**sizes) -> BlogNet:
     """The blog's network, which fits any size of image and so has no sizes of its own."""
     model = BlogNet()
@@ -159,6 +203,7 @@ CHANGES = {
     "fewer channels at 28x28, another seed": Change({"network": slim}, {"seed": 1}),
     "7x7 layers twice": Change({"network": twice_at_the_bottleneck}),
     "7x7 layers twice, another seed": Change({"network": twice_at_the_bottleneck}, {"seed": 1}),
+    "1x1 convolutions before enlarging": Change({"network": EarlyMerge}),
     "the blog's network": Change({"network": blog_network}),
     "the blog's network and recipe": Change(
         {"network": blog_network, "learning_rate": constant, "draw_t": independent},
@@ -221,6 +266,22 @@ def judge(checkpoint: train.Checkpoint, real: torch.Tensor, count: int = COUNT) 
             "decisive_loss": losses[low:high + 1].mean().item()}
 
 
+def step_times(xt: torch.Tensor, rounds: int) -> dict[str, float]:
+    """How long a training step of each row's network takes, with the recipe as the unit.
+
+    xt      a batch of noisy images
+    rounds  how often each network takes its turn
+    """
+    t = torch.linspace(1, 1000, len(xt)).long()
+    with torch.random.fork_rng(devices=[]):
+        jobs = {change.network: trainer(change.network(), xt, t) for change in CHANGES.values()}
+    seconds = time_jobs(jobs, rounds, xt.device)
+
+    unit = seconds[CHANGES["the recipe"].network]
+    return {name: statistics.median(a / b for a, b in zip(seconds[change.network], unit))
+            for name, change in CHANGES.items()}
+
+
 def measured() -> list[dict]:
     """The rows in the file, in the order of CHANGES."""
     if not RESULTS.exists():
@@ -231,8 +292,8 @@ def measured() -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The table of README.md, in Markdown."""
-    lines = ["| one change | held-out loss | at t of {} to {} | clear | distance | seconds per "
-             "epoch | parameters | multiply-adds |".format(*DECISIVE), "|---" + "|---:" * 7 + "|"]
+    lines = ["| one change | held-out loss | at t of {} to {} | clear | distance | time of a step "
+             "| parameters | multiply-adds |".format(*DECISIVE), "|---" + "|---:" * 7 + "|"]
     for row in rows:
         losses = row["held_out"]
         loss = "diverged"
@@ -240,14 +301,14 @@ def table(rows: list[dict]) -> str:
             loss = f"{losses[:3][-1]:.4f}"
         if len(losses) > 3:
             loss += f" ({losses[-1]:.4f} after epoch {len(losses)})"
-        seconds = ""
-        if row["seconds"]:
-            seconds = f"{sum(row['seconds']) / len(row['seconds']):.0f}"
+        step = ""
+        if "step" in row:
+            step = f"{row['step']:.2f}"
         samples = ["", "", ""]
         if "clear" in row:
             samples = [f"{row['decisive_loss']:.4f}", f"{100 * row['clear']:.1f} %",
                        f"{row['distance']:.1f}"]
-        cells = [row["name"], loss, *samples, seconds, f"{row['parameters']:,}",
+        cells = [row["name"], loss, *samples, step, f"{row['parameters']:,}",
                  f"{row['macs'] / 1e6:.1f} M"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -262,10 +323,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=range(len(CHANGES)),
                         choices=range(len(CHANGES)), metavar="N",
                         help="numbers of the rows to measure (default: all)")
+    parser.add_argument("--speed", action="store_true",
+                        help="time a training step of each network, train nothing")
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
     args = parser.parse_args(argv)
 
-    if not args.table:
+    if args.speed:
+        prepare_device(torch.device("cpu"))
+        xt = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        times = step_times(xt, rounds=20)
+        rows = [row | {"step": times[row["name"]]} for row in measured()]
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    elif not args.table:
         for number in args.rows:
             name = list(CHANGES)[number]
             epochs = CHANGES[name].epochs or args.epochs
