@@ -279,7 +279,8 @@ TABLE = [
     ("sample", "--checkpoint {p}/good.pt --out {p}/file/a.png", 1, "{p}/file"),
     ("sample", "--checkpoint {p}/good.pt --gif {p}/dirs.gif", 1, "dirs.gif"),
     ("sample", "--checkpoint {p}/good.pt --out {p}/file/", 1, "{p}/file"),
-    ("sample", "--checkpoint {p}/good.pt --out {p}/drawn/", 1, "00000.png was drawn with other settings"),
+    ("sample", "--checkpoint {p}/good.pt --out {p}/drawn/", 1,
+     "00000.png was drawn with other settings"),
     ("plots", "loss --checkpoint {p}/good.pt --out {p}/file", 1, "{p}/file"),
     # Runs that cannot go on, or should not be overwritten.
     ("train", "--data {p}/mnist --out {p}/run", 1, "--resume"),

@@ -832,7 +832,8 @@ def numbers_in_docstrings() -> list[tuple[str, str]]:
 
     # Shares and distances of samples.
     kept = {t: f"{row['class']:.0%}" for t, row in claims["decided"]["levels"].items()}
-    quotes.append(("decided", f"from t = 600 end as the same numeral as the original in {kept[600]}"))
+    quotes.append(("decided",
+                   f"from t = 600 end as the same numeral as the original in {kept[600]}"))
     quotes.append(("decided", f"from t = 300 in {kept[300]}"))
     quotes.append(("decided", f"at t = 400 already {kept[400]} of"))
     clear = claims["samplers"]["test images"]["confident"]

@@ -49,7 +49,8 @@ def commands() -> list[str]:
     In the text, the name of a script with an option is a command, too.
     """
     lines = "\n".join(blocks("bash")).splitlines()
-    found = [match[1] for line in lines for match in re.finditer(r"\.venv/bin/python ([^#]+)", line)]
+    found = [match[1] for line in lines
+             for match in re.finditer(r"\.venv/bin/python ([^#]+)", line)]
     found += re.findall(r"`(?:\.venv/bin/)?python (-m [^`]+|[\w/]+\.py[^`]*)`", EVERYTHING)
     found += re.findall(r"`((?:train|sample|plots)\.py --[^`]+)`", EVERYTHING)
     return sorted({" ".join(command.split()) for command in found})
@@ -105,7 +106,7 @@ def test_every_command_is_of_a_kind_that_is_tried():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", calls_of_scripts())
 def test_script_runs_as_shown(command, tiny_run, tiny_data, tmp_path, monkeypatch, capsys):
-    """Each option that is shown is given; those that say how much, and from where, come after it."""
+    """Each option that is shown is given; those that say how much and from where come after it."""
     name, *options = shlex.split(command)
     model_file = SHIPPED_LABELS if "--digits" in options else tiny_run / "model.pt"
     model = ["--checkpoint", str(model_file), "--device", "cpu"]
@@ -299,7 +300,7 @@ def test_links_lead_somewhere(file):
 
 
 def test_each_claim_of_the_blog_has_its_section():
-    """Eight rows, each with one link to the section of tests/experiments/README.md of its number."""
+    """Eight rows, each with a link to the section of tests/experiments/README.md of its number."""
     table = README.split("## What the blog says, measured")[1].split("\n## ")[0]
     links = re.findall(r"^\| \[(\d)\]\(tests/experiments/README\.md#(\d)-[^)]+\)", table,
                        re.MULTILINE)

@@ -1756,8 +1756,8 @@ def test_restart_is_made_of_noise_and_of_the_steps_of_the_sampler(seed, shares, 
 
 
 def test_restarts_of_the_book():
-    """Six, three from 0.4 T and three from 0.3 T, in ten steps each; from t = 1 at least, in at most
-    t steps. Without shares the images come back as they are.
+    """Six, three from 0.4 T and three from 0.3 T, in ten steps each; from t = 1 at least, in t
+    steps at most. Without shares the images come back as they are.
     """
     assert RESTARTS == (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
     images = torch.zeros(1, 1, 4, 4)
@@ -2104,8 +2104,8 @@ def test_guide_must_be_an_earlier_state_of_the_same_network(tiny_run, tmp_path, 
 
 def test_interval_without_a_level_of_the_chain_is_refused(tmp_path):
     """Guidance that would act nowhere is an error, before anything is drawn."""
-    argv = ["--checkpoint", str(script.SHIPPED), "--sampler", "sde-dpm++", "--steps", "5", "--guidance", "2",
-            "--interval", "250-390", "--out", str(tmp_path / "digits.png")]
+    argv = ["--checkpoint", str(script.SHIPPED), "--sampler", "sde-dpm++", "--steps", "5",
+            "--guidance", "2", "--interval", "250-390", "--out", str(tmp_path / "digits.png")]
     with pytest.raises(SystemExit) as exit_:
         script.main(argv)
     assert "no noise level of this chain, 1000 to 200, lies in --interval" in exit_.value.code
@@ -2494,7 +2494,8 @@ def test_digits_drawn_otherwise_are_not_mixed(options, tiny_run, tmp_path, capsy
     with pytest.raises(SystemExit) as exit_:
         into_folder(model, tmp_path, "--seeds", "8,9", *options)
     message = exit_.value.code
-    assert "00007.png was drawn with other settings (seed 7, model.pt, MNIST, ddim, 3 steps" in message
+    settings = "(seed 7, model.pt, MNIST, ddim, 3 steps"
+    assert f"00007.png was drawn with other settings {settings}" in message
     assert message.endswith("; name another folder") and "\n" not in message
     assert [file.name for file in tmp_path.iterdir()] == names
 

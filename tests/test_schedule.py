@@ -767,9 +767,11 @@ def test_script_prints_table_and_comparison(capsys):
 
 @pytest.mark.parametrize("name, options, defaults", [
     ("schedule", "--T --kind", "1000, linear"),
-    ("train", "--epochs --batch-size --lr --dataset --labels --resume --quick", "15, 128, 0.003, mnist"),
+    ("train", "--epochs --batch-size --lr --dataset --labels --resume --quick",
+     "15, 128, 0.003, mnist"),
     ("sample", "--seeds --sampler --eta --variance --steps --digits --classes --guidance --guide "
-     "--interval --restarts --no-clip --checkpoint --out --gif", "0-31, ddpm, 0.0, beta_tilde, 1.0, all, auto"),
+     "--interval --restarts --no-clip --checkpoint --out --gif",
+     "0-31, ddpm, 0.0, beta_tilde, 1.0, all, auto"),
     ("plots", "--checkpoint --out --device", "auto")])
 def test_help_shows_usage_and_defaults(name, options, defaults, capsys, monkeypatch):
     """--help of each script shows the usage, then each option; if the option takes a value, its

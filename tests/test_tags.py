@@ -64,7 +64,7 @@ def definitions(tree: ast.Module) -> list[ast.FunctionDef | ast.ClassDef]:
 
 
 def place(script: str, tree: ast.Module, text: str, number: int) -> str:
-    """Where in a script a line stands: `train.py draw_t` or `train.py` (What to ask of the network).
+    """Where in a script a line is: `train.py draw_t` or `train.py` (What to ask of the network).
 
     It is the innermost function or class around it. A comment between two functions leads up to the
     second, unless a new section begins in between; then the section of the comment is given.
@@ -183,7 +183,7 @@ def g(): pass
 
 
 def test_readme_shows_formula_place_and_test():
-    """The table of tests/README.md is the one that is made from the sources, no row more or less."""
+    """The table of tests/README.md is the one made from the sources, no row more or less."""
     text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     assert text.split(HEAD)[1].split("\n\n")[0] == table(), (
         "the table in tests/README.md is out of date; python tests/test_tags.py prints it")

@@ -266,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto",
                         help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument("--train", action="store_true", help="train the classifier anew")
-    parser.add_argument("--out", help="append the numbers of the samples to this file, as a line of JSON")
+    parser.add_argument("--out",
+                        help="append the numbers of the samples to this file, as a line of JSON")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     prepare_device(device)
