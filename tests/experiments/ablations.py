@@ -12,7 +12,7 @@ Then 2,000 digits are drawn in 20 steps of sde-dpm++ and judged by yardstick.py,
 networks with the same loss need not draw equally well.
 
 --speed is for a machine that does nothing else: the networks of the rows take turns, and the median
-of the ratios to the time of the recipe is kept. It takes three minutes on two CPU cores.
+of the ratios to the time of the recipe is kept. It takes two minutes on two CPU cores.
 
 The results go to pretrained/ablations.json, the runs to runs/ablations/. A run that was stopped is
 resumed, and a row that is in the file already is not measured again. With --rows, two processes can
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.speed:
         prepare_device(torch.device("cpu"))
         xt = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        times = step_times(xt, rounds=20)
+        times = step_times(xt, rounds=10)
         rows = [row | {"step": times[row["name"]]} for row in measured()]
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     elif not args.table:
