@@ -290,6 +290,12 @@ def measured() -> list[dict]:
     return sorted(json.loads(RESULTS.read_text()), key=lambda row: names.index(row["name"]))
 
 
+def write(rows: list[dict]) -> None:
+    """Put these rows into the file, in the place of those that are there."""
+    with train.replacement_of(RESULTS) as file:
+        file.write((json.dumps(rows, indent=1) + "\n").encode())
+
+
 def table(rows: list[dict]) -> str:
     """The table of README.md, in Markdown."""
     lines = ["| one change | held-out loss | at t of {} to {} | clear | distance | time of a step "
@@ -332,8 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_device(torch.device("cpu"))
         xt = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
         times = step_times(xt, rounds=10)
-        rows = [row | {"step": times[row["name"]]} for row in measured()]
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        write([row | {"step": times[row["name"]]} for row in measured()])
     elif not args.table:
         for number in args.rows:
             name = list(CHANGES)[number]
@@ -349,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
             print(table([row]), flush=True)
             # Read the file now: another process may have added rows in the meantime.
             others = [other for other in measured() if other["name"] != name]
-            RESULTS.write_text(json.dumps([*others, row], indent=1) + "\n")
+            write([*others, row])
     print(table(measured()))
 
 
